@@ -1,0 +1,125 @@
+"""Projections: what ``build.linear`` makes, and the grouped matrix multiply behind experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekit.components.contracts import ForwardContext, Linear
+
+
+class PlainLinear(Linear):
+    """y = x W^T + b, a dense projection.
+
+    Inside experts W is [E, d_out, d_in] and row m is multiplied by the matrix of the expert that
+    ``context.groups`` gives it to.
+    """
+
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        return project(x, self.effective_weight(), self.bias, context)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardContext | None) -> Tensor:
+    """x [..., d_in] times weight [d_out, d_in], or [E, d_out, d_in] with the groups of the context.
+
+    Raises:
+        TypeError: the weight is an expert's and the caller did not hand on its context.
+    """
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    if context is None or context.groups is None:
+        raise TypeError(
+            "a projection inside experts needs the context: call linear(x, context), "
+            "or say grouped = False in the feed-forward's class"
+        )
+    groups = context.groups
+    if groups.offsets_E is None:
+        return F.linear(x, weight[groups.expert], None if bias is None else bias[groups.expert])
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not know the operator
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    y: Tensor = grouped_mm(x, weight, groups.offsets_E)
+    if bias is not None:
+        rows = torch.arange(x.shape[0], device=x.device)
+        owner = torch.searchsorted(groups.offsets_E, rows, right=True).clamp(max=bias.shape[0] - 1)
+        y = y + bias[owner].to(y.dtype)
+    return y
+
+
+# torch's own grouped_mm leaves rows past the last offset unwritten, wants 16-byte rows and 16- or 32-bit floats,
+# refuses non-contiguous gradients, and is compiled in bfloat16 only; behind a custom operator none of that shows.
+
+
+def _native(*tensors: Tensor) -> bool:
+    return all(
+        t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and t.shape[-1] * t.element_size() % 16 == 0
+        and t.shape[-2] * t.element_size() % 16 == 0
+        for t in tensors
+    ) and (tensors[0].device.type == "cpu" or tensors[0].dtype == torch.bfloat16)
+
+
+@torch.library.custom_op("sparsekit::grouped_mm", mutates_args=())
+def grouped_mm(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """y[m] = weight[e(m)] x[m], e(m) the first expert whose offset is above m; rows past the last offset are 0.
+
+    Shapes: x [M, d_in], weight [E, d_out, d_in], offsets int32 [E], ascending; y [M, d_out].
+    """
+    # the row count need not be aligned, so only the matrices' own sides are looked at
+    if _native(weight_EOI):
+        y = F.grouped_mm(x_MI.contiguous(), weight_EOI.transpose(-2, -1), offs=offsets_E)
+        used = torch.arange(x_MI.shape[0], device=x_MI.device) < offsets_E[-1]
+        return torch.where(used[:, None], y, 0)
+    y = x_MI.new_zeros(x_MI.shape[0], weight_EOI.shape[1])
+    for weight, start, end in _spans(weight_EOI, offsets_E):
+        y[start:end] = x_MI[start:end] @ weight.T
+    return y
+
+
+@grouped_mm.register_fake
+def _(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
+
+
+@torch.library.custom_op("sparsekit::grouped_outer", mutates_args=())
+def grouped_outer(y_MO: Tensor, x_MI: Tensor, offsets_E: Tensor) -> Tensor:
+    """G[e] = sum over the rows m of expert e of y[m] x[m]^T, shape [E, d_out, d_in]: the weight's gradient."""
+    n_experts = offsets_E.shape[0]
+    sides = y_MO.new_empty((0, y_MO.shape[1], x_MI.shape[1]))
+    if _native(sides):
+        return F.grouped_mm(y_MO.contiguous().T, x_MI.contiguous(), offs=offsets_E)
+    gradient = y_MO.new_zeros(n_experts, y_MO.shape[1], x_MI.shape[1])
+    for out, start, end in _spans(gradient, offsets_E):
+        torch.mm(y_MO[start:end].T, x_MI[start:end], out=out)
+    return gradient
+
+
+@grouped_outer.register_fake
+def _(y_MO: Tensor, x_MI: Tensor, offsets_E: Tensor) -> Tensor:
+    return y_MO.new_empty(offsets_E.shape[0], y_MO.shape[1], x_MI.shape[1])
+
+
+def _spans(matrices_E: Tensor, offsets_E: Tensor) -> list[tuple[Tensor, int, int]]:
+    ends = offsets_E.tolist()
+    return [(matrix, start, end) for matrix, start, end in zip(matrices_E, [0, *ends], ends, strict=False)]
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx, dy_MO: Tensor):  # type: ignore[no-untyped-def]
+    x_MI, weight_EOI, offsets_E = ctx.saved_tensors
+    dx = grouped_mm(dy_MO, weight_EOI.transpose(-2, -1), offsets_E) if ctx.needs_input_grad[0] else None
+    dw = grouped_outer(dy_MO, x_MI, offsets_E) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+def _grouped_outer_backward(ctx, dg_EOI: Tensor):  # type: ignore[no-untyped-def]
+    y_MO, x_MI, offsets_E = ctx.saved_tensors
+    return grouped_mm(x_MI, dg_EOI, offsets_E), grouped_mm(y_MO, dg_EOI.transpose(-2, -1), offsets_E), None
+
+
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save)
+grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save)

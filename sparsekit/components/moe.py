@@ -1,0 +1,133 @@
+"""A feed-forward layer of experts: a router sends tokens, any feed-forward is the expert, no token is dropped here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from sparsekit.components.contracts import (
+    Build,
+    ExpertGroups,
+    FeedForward,
+    ForwardContext,
+    Linear,
+    Routing,
+    active_parameters,
+    flops_per_token,
+)
+from sparsekit.spec.facts import Facts
+from sparsekit.spec.slot import Choice, Slot, pick
+
+
+class MoE(FeedForward):
+    """y_t = sum over the assignments (t, e, w) of w FFN_e(x_t), plus a shared expert that every token visits.
+
+    ``dispatch`` "grouped" sorts tokens by expert and runs all experts as grouped matrix products; "loop" runs one
+    expert after the other and is the readable reference. ``shared_combine`` "mean" gives (shared + k routed)/(k + 1),
+    k the experts a token visits.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1; shared experts: Dai et al. 2024, arXiv 2401.06066, eq. 9
+    """
+
+    grouped = False  # as an expert of another MoE it is looped
+
+    class Params(FeedForward.Params):
+        n_experts: PositiveInt
+        router: Annotated[Choice, Slot("router")] = pick("top_k", k=2)
+        expert: Annotated[Choice, Slot("ffn")]
+        shared_expert: Annotated[Choice, Slot("ffn")] | None = None
+        shared_combine: Literal["sum", "mean"] = "sum"
+        dispatch: Literal["grouped", "loop"] = "grouped"
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> None:
+        facts.child(params.router, n_experts=params.n_experts)
+        facts.child(params.expert)
+        if params.shared_expert is not None:
+            facts.child(params.shared_expert)
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.n_experts: int = params.n_experts
+        self.router = build.child(params.router, n_experts=params.n_experts)
+        one_module = params.expert.cls.grouped
+        if one_module:
+            self.experts = build.experts(params.n_experts).child(params.expert)
+            _demand_grouped(self.experts, params.expert.type)
+        else:
+            self.experts = nn.ModuleList(build.child(params.expert) for _ in range(params.n_experts))
+        self.dispatch = self._grouped if one_module and params.dispatch == "grouped" else self._loop
+        self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
+        self.counter("load", params.n_experts)
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        routing = self.router(x_ND, context)
+        ones = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
+        load = torch.zeros(self.n_experts + 1, dtype=ones.dtype, device=ones.device)
+        self.record("load", load.index_add(0, routing.expert_M, ones)[:-1] / x_ND.shape[0])
+        y_ND = self.dispatch(x_ND, routing, context)
+        if self.shared_expert is not None:
+            shared_ND = self.shared_expert(x_ND, context)
+            k = self.router.experts_per_token
+            y_ND = shared_ND + y_ND if self.params.shared_combine == "sum" else (shared_ND + k * y_ND) / (k + 1)
+        return y_ND.to(x_BTD.dtype).view_as(x_BTD)
+
+    def _grouped(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+        """Sorted by expert, the tokens of one expert are consecutive rows, and all experts run at once."""
+        n_tokens, n_rows = x_ND.shape[0], routing.expert_M.shape[0]
+        expert_sorted, order_M = routing.expert_M.sort(stable=True)
+        experts = torch.arange(self.n_experts, device=x_ND.device)
+        offsets_E = torch.searchsorted(expert_sorted, experts, right=True).to(torch.int32)
+        slots = n_rows // n_tokens
+        token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
+        y_MD = self.experts(x_ND[token_M], replace(context, groups=ExpertGroups(offsets_E)))
+        if not routing.complete:  # rows of no expert hold nothing, and nothing times 0 may still be NaN
+            y_MD = torch.where((expert_sorted < self.n_experts)[:, None], y_MD, 0)
+        if routing.token_M is None:  # put back token by token: a gather and a sum, always in the same order
+            back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(n_rows, device=x_ND.device))
+            weighted_MD = y_MD[back_M] * routing.weight_M[:, None]
+            return weighted_MD.view(n_tokens, slots, -1).sum(1)
+        weighted_MD = y_MD * routing.weight_M[order_M][:, None]
+        return weighted_MD.new_zeros(x_ND.shape).index_add(0, token_M, weighted_MD)
+
+    def _loop(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+        """The formula, expert by expert."""
+        n_rows = routing.expert_M.shape[0]
+        token_M = routing.token_M
+        if token_M is None:
+            token_M = torch.arange(n_rows, device=x_ND.device) // (n_rows // x_ND.shape[0])
+        y_ND = torch.zeros_like(x_ND)
+        for index in range(self.n_experts):
+            rows = (routing.expert_M == index).nonzero()[:, 0]
+            expert = self.experts[index] if isinstance(self.experts, nn.ModuleList) else self.experts
+            y = expert(x_ND[token_M[rows]], replace(context, groups=ExpertGroups(expert=index)))
+            y_ND = y_ND.index_add(0, token_M[rows], (y * routing.weight_M[rows][:, None]).to(y_ND.dtype))
+        return y_ND
+
+    def active_parameters(self) -> int:
+        one = active_parameters(self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts)
+        shared = 0 if self.shared_expert is None else active_parameters(self.shared_expert)
+        return round(active_parameters(self.router) + shared + self.router.experts_per_token * one)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        one = self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts
+        shared = 0.0 if self.shared_expert is None else flops_per_token(self.shared_expert, seq_len)
+        routed = self.router.experts_per_token * flops_per_token(one, seq_len)
+        return flops_per_token(self.router, seq_len) + shared + routed
+
+
+def _demand_grouped(experts: nn.Module, name: str) -> None:
+    """Refuses an expert that holds parameters which all experts would share unawares."""
+    for path, module in experts.named_modules():
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        if own and not isinstance(module, Linear):
+            where = ".".join(part for part in (path, own[0]) if part)
+            raise TypeError(
+                f"ffn {name!r} cannot be grouped: its parameter {where} does not come from build.linear; "
+                f"say grouped = False in its class"
+            )

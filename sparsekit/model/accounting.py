@@ -1,0 +1,80 @@
+"""What a model costs, counted from the model itself, built on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsekit.model.build import SpecLike, as_model_spec, build_model
+from sparsekit.spec.run import RunSpec
+
+MASTER_BYTES = 4  # weights, gradients and optimizer states are float32 under either precision
+CACHE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Description:
+    """The cost of a model, and of a run of it.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        active_parameters: those one token passes through; the embedding table counts whole.
+        flops_per_token: forward, at ``seq_len`` (attention over the whole sequence, a multiply-add as 2).
+        training_flops_per_token: forward and backward, three times as many.
+        weight_bytes: in float32.
+        training_bytes: weights, gradients and the optimizer's states; activations come on top.
+        cache_bytes_per_token: keys and values of all layers, when generating.
+        tokens: what the run trains on, or None where that depends on the data.
+    """
+
+    d_model: int
+    n_layers: int
+    seq_len: int
+    parameters: int
+    active_parameters: int
+    flops_per_token: float
+    training_flops_per_token: float
+    weight_bytes: int
+    training_bytes: int
+    cache_bytes_per_token: int
+    tokens: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe(spec: SpecLike) -> Description:
+    """Parameters, active parameters, FLOPs, memory and tokens of a run or model spec; allocates nothing."""
+    run = spec if isinstance(spec, RunSpec) else None
+    model_spec = as_model_spec(spec)
+    model = build_model(model_spec, device="meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    seq_len = run.seq_len if run else model_spec.max_seq_len
+    flops = model.flops_per_token(seq_len)
+    states = _optimizer_states(run)
+    cache_element = CACHE_BYTES[run.train.precision if run else "fp32"]
+    return Description(
+        d_model=model_spec.d_model,
+        n_layers=model_spec.n_layers,
+        seq_len=seq_len,
+        parameters=parameters,
+        active_parameters=model.active_parameters(),
+        flops_per_token=flops,
+        training_flops_per_token=3 * flops,
+        weight_bytes=MASTER_BYTES * parameters,
+        training_bytes=MASTER_BYTES * parameters * (2 + states),
+        cache_bytes_per_token=sum(layer.attention.cache_bytes_per_token(cache_element) for layer in model.layers),
+        tokens=_tokens(run),
+    )
+
+
+def _optimizer_states(run: RunSpec | None) -> int:
+    return int(run.train.optimizer.cls.states_per_parameter) if run else 2
+
+
+def _tokens(run: RunSpec | None) -> int | None:
+    if run is None:
+        return None
+    if run.train.max_steps is not None:
+        return run.train.max_steps * run.global_batch_tokens
+    return run.train.max_tokens

@@ -1,0 +1,118 @@
+"""A whole run as data: the model, what it reads, and how it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal, cast
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from sparsekit.spec.facts import Facts, check_choice
+from sparsekit.spec.model import ModelSpec, raise_problems
+from sparsekit.spec.slot import Choice, Params, Slot, pick
+
+
+class DataSpec(Params):
+    """Where text comes from, how it becomes tokens, and how tokens become sequences.
+
+    ``seq_len`` defaults to the model's ``max_seq_len``. With ``document_mask`` no token attends to another document
+    in its sequence, and none is predicted across a boundary.
+    """
+
+    source: Annotated[Choice, Slot("source")] = pick("embedded")
+    tokenizer: Annotated[Choice, Slot("tokenizer")] = pick("byte")
+    seq_len: PositiveInt | None = None
+    document_mask: bool = False
+
+
+class KeepSpec(Params):
+    """Which checkpoints stay: the ``last`` n, each ``every`` steps, and the ``best`` by validation loss."""
+
+    last: PositiveInt = 2
+    every: PositiveInt | None = None
+    best: bool = True
+
+
+class TrainSpec(Params):
+    """How a model is trained.
+
+    Its length is ``max_steps``, ``max_tokens`` or ``max_epochs`` (one epoch where none is given). A step takes
+    ``global_batch_tokens`` tokens in micro-batches of ``micro_batch_size`` sequences. The ``*_every`` fields count
+    steps; null means only at the end.
+    """
+
+    max_steps: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_epochs: PositiveFloat | None = None
+    global_batch_tokens: PositiveInt | None = None
+    micro_batch_size: PositiveInt = 8
+    objective: Annotated[Choice, Slot("objective")] = pick("next_token")
+    optimizer: Annotated[Choice, Slot("optimizer")] = pick("adamw")
+    schedule: Annotated[Choice, Slot("schedule")] = pick("cosine")
+    max_grad_norm: PositiveFloat | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: NonNegativeInt = 0
+    device: str = "auto"
+    log_every: PositiveInt = 10
+    eval_every: PositiveInt | None = None
+    eval_tokens: PositiveInt | None = None
+    checkpoint_every: PositiveInt | None = None
+    keep: KeepSpec = KeepSpec()
+    callbacks: list[Annotated[Choice, Slot("callback")]] = Field(
+        default_factory=lambda: [pick("progress"), pick("tensorboard"), pick("sample")]
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSpec:
+        lengths = ("max_steps", "max_tokens", "max_epochs")
+        given = [name for name in lengths if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise_problems([((given[1],), f"give one of {', '.join(lengths)}, not {' and '.join(given)}")])
+        return self
+
+
+class RunSpec(Params):
+    """Everything about a run: ``sparsekit train`` needs nothing else.
+
+    ``packages`` is written with a run, not by hand: the version of every package whose entries the spec names.
+    """
+
+    name: str = "run"
+    model: ModelSpec
+    data: DataSpec = Field(default_factory=lambda: cast(DataSpec, {}))  # validated, hence imported, only when used
+    train: TrainSpec = Field(default_factory=lambda: cast(TrainSpec, {}))
+    packages: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def seq_len(self) -> int:
+        return self.data.seq_len or self.model.max_seq_len
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.train.micro_batch_size * self.seq_len
+
+    @property
+    def global_batch_tokens(self) -> int:
+        return self.train.global_batch_tokens or self.micro_batch_tokens
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunSpec:
+        problems: list[tuple[tuple[str, ...], str]] = []
+        if self.seq_len > self.model.max_seq_len:
+            text = f"{self.seq_len} is longer than model.max_seq_len, {self.model.max_seq_len}"
+            problems.append((("data", "seq_len"), text))
+        if self.global_batch_tokens % self.micro_batch_tokens:
+            text = (
+                f"{self.global_batch_tokens} is not a multiple of a micro-batch's {self.micro_batch_tokens} tokens "
+                f"(train.micro_batch_size {self.train.micro_batch_size} x seq_len {self.seq_len})"
+            )
+            problems.append((("train", "global_batch_tokens"), text))
+        sizes = {"vocab_size": self.model.vocab_size}
+        facts = Facts(self.model.d_model, self.model.max_seq_len, 0, self.model.n_layers, extra=sizes)
+        for section in ("data", "train"):
+            for name, choice in getattr(self, section).slots():
+                check_choice(choice, replace(facts, path=f"{section}.{name}"))
+        problems += [(tuple(path.split(".")), message) for path, message in facts.problems]
+        raise_problems(problems)
+        return self

@@ -1,0 +1,91 @@
+"""Which type a path of a spec has: for typed overrides and for naming the nearest key in an error."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from sparsekit.errors import PluginError, UnknownNameError
+from sparsekit.registry import registry
+from sparsekit.spec.model import Partial
+from sparsekit.spec.slot import Params, find_slot, slot_of
+
+
+def type_at(root: type[Params], path: Sequence[str], raw: Any) -> Any:
+    """The annotation at ``path`` below ``root``, following ``raw`` through slots; None where the path leads nowhere."""
+    found: Any = root
+    default: Any = None
+    for part in path:
+        params = params_at(found, default, raw)
+        if params is not None:
+            if part == "type" and find_slot(found) is not None:
+                found, default = str, None
+            elif part in params.model_fields:
+                field = params.model_fields[part]
+                slot = slot_of(field)
+                found = Annotated[field.annotation, slot] if slot else field.annotation
+                default = field.default
+            else:
+                return None
+        else:
+            found, default = _item_type(found), None
+            if found is None:
+                return None
+        raw = _item(raw, part)
+    return found
+
+
+def params_at(annotation: Any, default: Any, raw: Any) -> type[Params] | None:
+    """The class whose fields are the keys at a place: a spec's own, or what fills the slot there."""
+    for option in _options(annotation):
+        if isinstance(option, type) and issubclass(option, Params):
+            return option
+        for mark in getattr(option, "__metadata__", ()):
+            if isinstance(mark, Partial):
+                return mark.of
+    slot = find_slot(annotation)
+    if slot is None:
+        return None
+    name = raw if isinstance(raw, str) else raw.get("type") if isinstance(raw, dict) else None
+    if name is None and isinstance(default, dict):
+        name = default.get("type")
+    try:
+        cls = registry(slot.kind).get(str(name))
+    except (UnknownNameError, PluginError):
+        return None
+    return getattr(cls, "Params", None)
+
+
+def fields_at(root: type[Params], path: Sequence[str], raw: Any) -> list[str]:
+    """The keys that may stand at a path."""
+    here = raw
+    for part in path:
+        here = _item(here, part)
+    params = params_at(type_at(root, path, raw) if path else root, None, here)
+    return list(params.model_fields) if params else []
+
+
+def _options(annotation: Any) -> Sequence[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def _item_type(annotation: Any) -> Any:
+    """The type of what a list or dict holds."""
+    for option in _options(annotation):
+        args = get_args(option)
+        if get_origin(option) is list:
+            return args[0]
+        if get_origin(option) is dict:
+            return args[1]
+    return None
+
+
+def _item(raw: Any, part: str) -> Any:
+    if isinstance(raw, dict):
+        return raw.get(part)
+    if isinstance(raw, list) and part.isdigit() and int(part) < len(raw):
+        return raw[int(part)]
+    return None
