@@ -162,48 +162,48 @@ BUILT_IN: dict[str, dict[str, Line]] = {
     },
     "objective": {
         "next_token": (
-            "sparsekit.train.objectives:NextToken",
+            "sparsekit.training.objectives:NextToken",
             "",
             "",
         ),
     },
     "optimizer": {
         "adamw": (
-            "sparsekit.train.optimizers:AdamW",
+            "sparsekit.training.optimizers:AdamW",
             "",
             "",
         ),
     },
     "schedule": {
         "constant": (
-            "sparsekit.train.schedules:Constant",
+            "sparsekit.training.schedules:Constant",
             "",
             "",
         ),
         "cosine": (
-            "sparsekit.train.schedules:Cosine",
+            "sparsekit.training.schedules:Cosine",
             "",
             "",
         ),
         "wsd": (
-            "sparsekit.train.schedules:WarmupStableDecay",
+            "sparsekit.training.schedules:WarmupStableDecay",
             "",
             "",
         ),
     },
     "callback": {
         "progress": (
-            "sparsekit.train.callbacks:Progress",
+            "sparsekit.training.callbacks:Progress",
             "",
             "",
         ),
         "tensorboard": (
-            "sparsekit.train.callbacks:TensorBoard",
+            "sparsekit.training.callbacks:TensorBoard",
             "",
             "",
         ),
         "sample": (
-            "sparsekit.train.callbacks:Sample",
+            "sparsekit.training.callbacks:Sample",
             "",
             "",
         ),

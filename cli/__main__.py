@@ -1,0 +1,5 @@
+"""``python -m sparsekit.cli``, as torchrun starts it."""
+
+from sparsekit.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""Files that are written whole or not at all, and folders whose content is known to be what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; it takes the real name when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with an indent, written whole."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """As :func:`written_whole`, of a folder; a manifest with the size and hash of every file is added."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier, killed save left
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files = sorted(p for p in temporary.iterdir() if p.is_file())
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for p in temporary.iterdir():
+            _sync(p)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Holds a folder against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, or changed.
+    """
+    for name, wanted in read_object(folder / MANIFEST).items():
+        path = folder / name
+        mend = "use an earlier checkpoint"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing from the checkpoint; {mend}")
+        if path.stat().st_size != wanted["bytes"]:
+            size = path.stat().st_size
+            raise CheckpointError(f"{path}: has {size} bytes where {wanted['bytes']} were written; {mend}")
+        if _sha256(path) != wanted["sha256"]:
+            raise CheckpointError(f"{path}: is not what was written (its hash differs); {mend}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that we wrote ourselves.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        value: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(value)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; {path.parent} is not a whole checkpoint") from None
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or folder to the disk, so that a rename never gets ahead of the content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""What a command can be pointed at: a spec, a run folder, or a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sparsekit.errors import CheckpointError, SpecError
+from sparsekit.files import verify
+from sparsekit.model.build import build_model
+from sparsekit.model.decoder import Decoder
+from sparsekit.spec.load import load_spec
+from sparsekit.spec.run import RunSpec
+
+SPEC, TOKENIZER, MODEL, METRICS, CHECKPOINTS = (
+    "spec.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "checkpoints",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder: everything that later steps know of it."""
+
+    folder: Path
+
+    @property
+    def spec(self) -> RunSpec:
+        return load_spec(self.folder / SPEC)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The whole checkpoints' folders, oldest first."""
+        return sorted((self.folder / CHECKPOINTS).glob("step-*"))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows logged so far; a row that a kill cut short is left out."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A resolved TARGET: its spec and, unless it is a bare spec, where its weights and tokenizer are."""
+
+    spec: RunSpec
+    checkpoint: Path | None = None
+    tokenizer_file: Path | None = None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer the model was trained with.
+
+        Raises:
+            SpecError: a bare spec whose tokenizer has yet to be trained.
+        """
+        choice = self.spec.data.tokenizer
+        if self.tokenizer_file is not None:
+            return choice.cls.load(choice.params, self.tokenizer_file)
+        return choice.cls(choice.params)
+
+
+def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
+    """What a TARGET means.
+
+    A run folder stands for its newest checkpoint.
+
+    Raises:
+        SpecError: nothing is there, or the spec has a mistake.
+        CheckpointError: a run folder without a checkpoint.
+    """
+    path = target.folder if isinstance(target, Run) else Path(target)
+    if str(path).startswith("hf:"):
+        raise SpecError([f"{path}: Hugging Face folders cannot be read yet; give a spec, a run or a checkpoint"])
+    if not path.is_dir():
+        return Target(load_spec(path, overrides))
+    if not (path / SPEC).exists():
+        raise SpecError([f"{path}: is neither a run nor a checkpoint (it holds no {SPEC})"])
+    if not (path / MODEL).exists() and not (path / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{path}: holds no weights ({MODEL} is missing)")
+    if not (path / MODEL).exists():
+        checkpoints = Run(path).checkpoints
+        if not checkpoints:
+            raise CheckpointError(f"{path}: the run has no checkpoint yet")
+        path = checkpoints[-1]
+    tokenizer = path / TOKENIZER
+    return Target(load_spec(path / SPEC, overrides), path, tokenizer if tokenizer.exists() else None)
+
+
+def load_model(target: str | Path | Run | Target, *, device: str | torch.device = "cpu") -> Decoder:
+    """The model of a TARGET, in evaluation mode: a checkpoint's weights, or fresh ones for a bare spec.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit its spec.
+    """
+    target = target if isinstance(target, Target) else resolve(target)
+    if target.checkpoint is None:
+        return build_model(target.spec, seed=target.spec.train.seed, device=device).eval()
+    verify(target.checkpoint)
+    model = build_model(target.spec, device=device)
+    load_weights(model, target.checkpoint / MODEL)
+    return model.eval()
+
+
+def load_weights(model: Decoder, path: Path) -> None:
+    """Reads a model's parameters from a safetensors file.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors are not the model's.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    wanted = model.state_dict()
+    for name in [*wanted, *(name for name in tensors if name not in wanted)]:
+        if name not in tensors or name not in wanted:
+            where = "the checkpoint" if name not in tensors else "the spec"
+            raise CheckpointError(f"{path}: {name} is missing from {where}; is it a checkpoint of another spec?")
+        if tensors[name].shape != wanted[name].shape:
+            shapes = f"{list(tensors[name].shape)}, but the spec says {list(wanted[name].shape)}"
+            raise CheckpointError(f"{path}: {name} is {shapes}; is it a checkpoint of another spec?")
+    model.load_state_dict(tensors)
