@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import typer
+from . import catalogue, models, runs
 
-from sparsekit.cli import catalogue, models, runs
 from sparsekit.errors import SparsekitError
 
 app = typer.Typer(

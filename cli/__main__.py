@@ -1,5 +1,5 @@
 """``python -m sparsekit.cli``, as torchrun starts it."""
 
-from sparsekit.cli import main
+from . import main
 
 main()

@@ -11,8 +11,8 @@ import textwrap
 from typing import Annotated, Any
 
 import typer
+from .options import Json
 
-from sparsekit.cli.options import Json
 from sparsekit.errors import SparsekitError
 from sparsekit.registry import KINDS, Entry, registry
 
@@ -124,8 +124,11 @@ def _type_name(annotation: Any) -> str:
     text = str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
     if text.startswith("Literal["):
         return " | ".join(repr(value) for value in annotation.__args__)
-    return text.split("Annotated[")[-1].split(",")[0].rstrip("]") + (" | null" if "null" in text else "") \
-        if "Annotated[" in text else text
+    return (
+        text.split("Annotated[")[-1].split(",")[0].rstrip("]") + (" | null" if "null" in text else "")
+        if "Annotated[" in text
+        else text
+    )
 
 
 __all__ = ["SparsekitError", "list_entries", "show"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparsekit.cli.options import Json, Overrides, Target
+from .options import Json, Overrides, Target
 
 
 def describe(target: Target, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006 (typer reads it)

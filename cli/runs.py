@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from sparsekit.cli.options import Device, Overrides, Target
+from .options import Device, Overrides, Target
 
 
 def train(

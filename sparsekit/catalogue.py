@@ -102,7 +102,7 @@ BUILT_IN: dict[str, dict[str, Line]] = {
         "top_k": (
             "sparsekit.components.routers:TopK",
             "The k experts of highest score, s = softmax(W x) or sigmoid(W x), weighted by s (renormalised on request).",
-            "Shazeer et al. 2017, arXiv 1701.06538; losses: Fedus et al. 2021, arXiv 2101.03961, eq. 4, Zoph et al. 2022, arXiv 2202.08906, eq. 5",
+            "Shazeer et al. 2017, arXiv 1701.06538; losses: arXiv 2101.03961, eq. 4, and 2202.08906, eq. 5",
         ),
     },
     "norm": {
@@ -163,78 +163,78 @@ BUILT_IN: dict[str, dict[str, Line]] = {
     "objective": {
         "next_token": (
             "sparsekit.training.objectives:NextToken",
-            "",
-            "",
+            "Cross-entropy of the next token, -sum log p(target), in nats.",
+            "Bengio et al. 2003, JMLR 3",
         ),
     },
     "optimizer": {
         "adamw": (
             "sparsekit.training.optimizers:AdamW",
-            "",
-            "",
+            "Adam with decoupled weight decay, of matrices only by default (norms, biases and embeddings are not decayed).",
+            "Loshchilov & Hutter 2017, arXiv 1711.05101, alg. 2",
         ),
     },
     "schedule": {
         "constant": (
             "sparsekit.training.schedules:Constant",
-            "",
+            "1 after the warm-up.",
             "",
         ),
         "cosine": (
             "sparsekit.training.schedules:Cosine",
-            "",
-            "",
+            "final + (1 - final)(1 + cos(pi t))/2, with t from 0 to 1 after the warm-up.",
+            "Loshchilov & Hutter 2016, arXiv 1608.03983, eq. 5",
         ),
         "wsd": (
             "sparsekit.training.schedules:WarmupStableDecay",
-            "",
-            "",
+            "1, then linearly to final over the last decay_share of the steps.",
+            "Hu et al. 2024, arXiv 2404.06395, sec. 4",
         ),
     },
     "callback": {
         "progress": (
             "sparsekit.training.callbacks:Progress",
-            "",
+            "A progress line with loss, tokens a second and time left; plain lines where there is no terminal.",
             "",
         ),
         "tensorboard": (
             "sparsekit.training.callbacks:TensorBoard",
-            "",
+            "Every number of metrics.jsonl as a TensorBoard scalar, in the run's folder tb/.",
             "",
         ),
         "sample": (
             "sparsekit.training.callbacks:Sample",
-            "",
+            "Prints text that the trained model writes, at the end.",
             "",
         ),
     },
     "source": {
         "embedded": (
             "sparsekit.data.sources:Embedded",
-            "",
+            "Jane Austen's six novels, which come with the package: Persuasion is held out as validation, the rest train.",
             "",
         ),
         "text": (
             "sparsekit.data.sources:TextFiles",
-            "",
+            "Plain UTF-8 text files, each one document, or several where a separator line divides them.",
             "",
         ),
         "jsonl": (
             "sparsekit.data.sources:JSONLines",
-            "",
+            "JSON Lines files: one object a line, whose text is in one field.",
             "",
         ),
     },
     "tokenizer": {
         "byte": (
             "sparsekit.data.tokenizers:ByteTokenizer",
-            "",
-            "",
+            "Each byte of the UTF-8 text is a token, 0 to 255, and 256 ends a text.",
+            "Xue et al. 2021, arXiv 2105.13626",
         ),
         "bpe": (
             "sparsekit.data.tokenizers:BPETokenizer",
-            "",
-            "",
+            "Byte-level byte-pair encoding: bytes, of which the most frequent adjacent pair is merged again and again.",
+            "Sennrich, Haddow & Birch 2016, arXiv 1508.07909, alg. 1; on bytes: Radford et al. 2019 (GPT-2), sec. 2.2",
         ),
     },
 }

@@ -5,110 +5,27 @@ A plug-in's own test is one line::
     def test_contract():
         check_component("ffn", MyFeedForward)
 
-Each check is a generator of sentences, one for each way in which the component breaks its contract; the tables
-below say which kinds it applies to.
+What is checked, and how, is in :mod:`sparsekit.checks`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from pydantic import ValidationError
 
-from sparsekit import spec
-from sparsekit.components.contracts import Component, Embedding, ForwardContext, Routing
-from sparsekit.model.build import build_model, initialise
-from sparsekit.model.decoder import Decoder
-from sparsekit.model.generate import KVCache
+from sparsekit.checks import EXAMPLES, MODEL_KINDS, NEEDED, Subject, checks_of, example
 from sparsekit.registry import registry
-from sparsekit.spec.schema import json_schema
 
-VOCABULARY, BATCH, LENGTH = 64, 8, 16
-
-# What fills the required parameters of a component, by field name, so that the usual names work unaided.
-EXAMPLES: dict[str, Any] = {
-    "d_ff": 48,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 8,
-    "k": 2,
-    "p": 0.5,
-    "window": 4,
-    "n_experts": 4,
-    "expert": {"type": "swiglu", "d_ff": 24},
-    "shared_expert": {"type": "swiglu", "d_ff": 24},
-    "router": {"type": "top_k", "k": 2},
-    "lr": 1e-3,
-    "warmup_steps": 10,
-    "path": "texts/a.txt",
-    "paths": ["texts/a.txt"],
-}
+__all__ = ["EXAMPLES", "MODEL_KINDS", "ContractError", "check_component"]
 
 
 class ContractError(AssertionError):
     """The ways in which a component breaks its contract, one line each."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The component under test: its class, an example of its slot, and the tiny model it is tried in."""
-
-    kind: str
-    name: str
-    cls: Any
-    slot: dict[str, Any]
-    compile_backend: str | None
-
-    def spec(self, moe: bool = False) -> dict[str, Any]:
-        """A model of two layers with the component in its slot; with ``moe``, inside experts."""
-        kind, slot = self.kind, self.slot
-        attention: dict[str, Any] = {"type": "gqa", "n_heads": 4, "n_kv_heads": 2}
-        ffn: dict[str, Any] = {"type": "swiglu", "d_ff": 48}
-        model: dict[str, Any] = {"d_model": 32, "n_layers": 2, "vocab_size": VOCABULARY, "max_seq_len": 2 * LENGTH}
-        if kind in ("kernel", "position"):
-            attention[kind] = slot
-        elif kind == "attention":
-            attention = slot
-        elif kind == "ffn":
-            ffn = slot
-        elif kind == "activation":
-            ffn = {"type": "mlp", "d_ff": 48, "activation": slot}
-        elif kind == "router":
-            ffn = {"type": "moe", "n_experts": 4, "router": slot, "expert": EXAMPLES["expert"]}
-        if moe:
-            ffn = {"type": "moe", "n_experts": 4, "router": EXAMPLES["router"], "expert": ffn}
-        model["block"] = {"attention": attention, "ffn": ffn}
-        if kind in ("norm", "residual"):
-            model["block"][kind] = slot
-        elif kind in ("linear", "embedding", "init"):
-            model[kind] = slot
-        return {**model, "allow_leak": not getattr(self.cls, "causal", True)}
-
-    def model(self, spec: dict[str, Any] | None = None, seed: int = 0) -> Decoder:
-        """That model with noise upon its initial weights, so that what starts at zero shows too; in eval mode."""
-        model = build_model(spec or self.spec(), seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model.eval()
-
-    def local(self, model: nn.Module, name: str) -> str:
-        """A parameter's name within the component, where it is of the component."""
-        for path, module in model.named_modules():
-            if type(module) is self.cls and name.startswith(f"{path}."):
-                return name.removeprefix(f"{path}.")
-        return name
-
-
-Check = Callable[[Subject], Iterator[str]]
 
 
 def check_component(
@@ -134,8 +51,7 @@ def check_component(
         label = f"{kind} {name.removeprefix('_')!r}"
         problems: dict[str, Exception | None] = {}
         subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend)
-        in_model = (*MODEL_CHECKS, *KIND_CHECKS.get(kind, ())) if kind in MODEL_KINDS else ()
-        for check in (*SPEC_CHECKS, *in_model):
+        for check in checks_of(kind):
             before = len(problems)
             try:
                 if check is example:  # the one check that finds something out
@@ -143,8 +59,7 @@ def check_component(
                 for sentence in check(subject):
                     problems.setdefault(f"{label}: {sentence} [{check.__name__}]", None)
             except Exception as error:
-                text = str(error).strip().partition("\n")[0]
-                problems.setdefault(f"{label}: {type(error).__name__}: {text} [{check.__name__}]", error)
+                problems.setdefault(f"{label}: {_sentence(error)} [{check.__name__}]", error)
             if len(problems) > before and check in NEEDED:
                 break
     if problems:
@@ -182,312 +97,7 @@ def _filled(subject: Subject) -> dict[str, Any]:
     return slot
 
 
-# What every kind is held to.
-
-
-def docstring(subject: Subject) -> Iterator[str]:
-    if not (subject.cls.__dict__.get("__doc__") or "").strip():
-        yield f"{subject.cls.__name__} has no docstring"
-
-
-def parameters(subject: Subject) -> Iterator[str]:
-    declared = getattr(subject.cls, "Params", None)
-    if not (isinstance(declared, type) and issubclass(declared, spec.Params)):
-        yield f"{subject.cls.__name__}.Params does not derive from sparsekit.spec.Params"
-
-
-def example(subject: Subject) -> Iterator[str]:
-    """Validates, dumps and validates again."""
-    slot = spec.Slot(subject.kind)
-    first = slot.validate(subject.slot)
-    dumped = first.dump()
-    again = slot.validate(json.loads(json.dumps(dumped)))
-    if first != again:
-        yield f"validating what was dumped gives {again.dump()}, not {dumped}"
-
-
-def schema(subject: Subject) -> Iterator[str]:
-    whole = json_schema()
-    if f"{subject.kind}.{subject.name}" not in whole["$defs"]:
-        yield "is not listed in the JSON Schema"
-        return
-    try:
-        from jsonschema import Draft202012Validator
-    except ImportError:
-        return
-    validator = Draft202012Validator({"$defs": whole["$defs"], "$ref": f"#/$defs/{subject.kind}"})
-    for good in (subject.slot, spec.Slot(subject.kind).validate(subject.slot).dump()):
-        if not validator.is_valid(good):
-            yield f"the JSON Schema refuses {json.dumps(good)}"
-    if validator.is_valid({**subject.slot, "no_such_parameter": 1}):
-        yield "the JSON Schema accepts a parameter that does not exist"
-
-
-# What the parts of a model are held to.
-
-
-def _ids() -> Tensor:
-    return torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def _logits(model: nn.Module, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
-    torch.manual_seed(2)  # what draws at random draws alike, so that runs can be compared
-    logits: Tensor = model(ids, context)
-    return logits
-
-
-def _train_step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Logits and gradients of the next-token loss, in training mode."""
-    ids = _ids()
-    logits = _logits(model.train(), ids)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """Which rows of the last dimension differ by more than rounding does."""
-    return ~((before - after).abs().amax(-1) <= 1e-4 * before.abs().max())  # so that NaN has moved
-
-
-def _components(model: nn.Module) -> list[Component]:
-    return [module for module in model.modules() if isinstance(module, Component)]
-
-
-def meta_build(subject: Subject) -> Iterator[str]:
-    model = build_model(subject.spec(), device="meta")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_meta:
-            yield f"`{subject.local(model, name)}` is on {tensor.device} although the model is built on meta"
-
-
-def initialisation(subject: Subject) -> Iterator[str]:
-    """Fills every parameter and buffer, the same for the same seed."""
-    for model_spec in (subject.spec(), subject.spec(moe=True)) if subject.kind == "init" else (subject.spec(),):
-        models = [build_model(model_spec, device="meta").to_empty(device="cpu") for _ in range(3)]
-        for model, seed in zip(models, (0, 0, 1), strict=True):
-            with torch.no_grad():
-                for tensor in (*model.parameters(), *model.buffers()):
-                    tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
-            initialise(model, seed)
-        first, same, other = (dict((*m.named_parameters(), *m.named_buffers())) for m in models)
-        for name, tensor in first.items():
-            if not tensor.isfinite().all():
-                yield f"`{subject.local(models[0], name)}` is not filled by reset_parameters"
-            elif not torch.equal(tensor, same[name]):
-                yield f"`{subject.local(models[0], name)}` differs between two models of one seed"
-        if all(torch.equal(tensor, other[name]) for name, tensor in first.items()):
-            yield "two seeds give the same weights"
-
-
-def shapes(subject: Subject) -> Iterator[str]:
-    model, seen = subject.model(), []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append((module, args, output[0] if getattr(module, "stateful", False) else output))
-
-    for module in model.modules():
-        if type(module) is subject.cls:
-            module.register_forward_hook(hook)
-    logits = _logits(model, _ids())
-    if logits.shape != (BATCH, LENGTH, VOCABULARY):
-        yield f"the model's logits are {list(logits.shape)}, not {[BATCH, LENGTH, VOCABULARY]}"
-    for module, args, output in seen:
-        if subject.kind == "router":
-            yield from _routing_problems(output, module.n_experts, args[0].shape[0])
-            continue
-        outputs = output if subject.kind == "position" else output[:1] if subject.kind == "residual" else (output,)
-        for got, x in zip(outputs, args, strict=False):
-            expected = list(x.shape)
-            if subject.kind == "embedding":
-                expected = [*expected, 32]
-            elif subject.kind in ("linear", "kernel"):
-                expected[-1] = module.d_out if subject.kind == "linear" else args[2].shape[-1]
-            if list(got.shape) != expected:
-                yield f"the output is {list(got.shape)}, not {expected}"
-    if subject.kind == "embedding" and subject.cls.unembed is not Embedding.unembed:
-        tied = _logits(subject.model({**subject.spec(), "tie_embeddings": True}), _ids())
-        if tied.shape != logits.shape:
-            yield f"unembed gives {list(tied.shape)}, not {list(logits.shape)}"
-
-
-def _routing_problems(routing: Routing, n_experts: int, n_tokens: int) -> Iterator[str]:
-    expert, weight, token = routing.expert_M, routing.weight_M, routing.token_M
-    if expert.dtype != torch.int64 or expert.ndim != 1 or expert.shape != weight.shape:
-        yield f"expert_M must be int64 and as long as weight_M, not {expert.dtype} {list(expert.shape)}"
-    elif expert.min() < 0 or expert.max() > n_experts - bool(routing.complete):
-        last = "E - 1 where complete" if routing.complete else "E"
-        yield f"experts are 0 .. {last}, E {n_experts}; got {int(expert.min())} .. {int(expert.max())}"
-    elif token is None and len(expert) % n_tokens:
-        yield f"without token_M every token has equally many entries; got {len(expert)} for {n_tokens} tokens"
-    elif token is not None and (token.shape != expert.shape or token.min() < 0 or token.max() >= n_tokens):
-        yield "token_M must name a token for every entry"
-
-
-def finite(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    if not _logits(model, _ids()).isfinite().all():
-        yield "the output is not finite"
-        return
-    for name, gradient in _train_step(model)[1].items():
-        if gradient is not None and not gradient.isfinite().all():
-            yield f"the gradient of `{subject.local(model, name)}` is not finite"
-
-
-def gradients(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    for name, gradient in _train_step(model)[1].items():
-        if gradient is None or not gradient.any():
-            yield f"parameter `{subject.local(model, name)}` receives no gradient"
-
-
-def causality(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    if not all(module.causal for module in _components(model)):
-        return
-    for training in (False, True):
-        ids = _ids()
-        before = _logits(model.train(training), ids)
-        for changed in (LENGTH - 1, LENGTH // 2):
-            other = ids.clone()
-            other[0, changed] = (other[0, changed] + 1) % VOCABULARY
-            moved = _moved(before, _logits(model, other))[0, :changed].nonzero()
-            if len(moved):
-                mode = "training" if training else "eval"
-                yield (
-                    f"output at position {int(moved[0])} changes when token {changed} changes (in {mode} mode), "
-                    f"but causal=True"
-                )
-
-
-def batch_coupling(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    if any(module.batch_coupled for module in _components(model)):
-        return
-    for training in (False, True):
-        ids, other = _ids(), _ids()
-        other[1] = (other[1] + 1) % VOCABULARY
-        before, after = (_logits(model.train(training), batch) for batch in (ids, other))
-        if _moved(before, after)[0].any():
-            mode = "training" if training else "eval"
-            yield f"the output of sequence 0 changes when sequence 1 changes (in {mode} mode), but batch_coupled=False"
-
-
-def documents(subject: Subject) -> Iterator[str]:
-    """Attention stays within a document."""
-    model, half = subject.model(), LENGTH // 2
-    ids, other = _ids(), _ids()
-    other[:, :half] = (other[:, :half] + 1) % VOCABULARY
-    context = ForwardContext(documents_BT=(torch.arange(LENGTH) >= half).long().expand(BATCH, -1))
-    if _moved(_logits(model, ids, context), _logits(model, other, context))[:, half:].any():
-        yield "the output of a document changes when the document before it changes (context.documents_BT)"
-
-
-def cache(subject: Subject) -> Iterator[str]:
-    """Token by token through the cache gives what the whole sequence gives."""
-    model, ids = subject.model(), _ids()
-    if not all(layer.attention.caches for layer in model.layers) or not all(m.causal for m in _components(model)):
-        return
-    whole, store, parts = _logits(model, ids), KVCache(LENGTH), []
-    for start, end in pairwise((0, 5, *range(6, LENGTH + 1))):
-        parts.append(_logits(model, ids[:, start:end], store.context(end - start, ids.device)))
-        store.length = end
-    moved = _moved(whole, torch.cat(parts, dim=1)).nonzero()
-    if len(moved):
-        yield f"with a key-value cache the output at position {int(moved[0, 1])} is another, but caches=True"
-
-
-def deterministic(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    with torch.no_grad():
-        if not torch.equal(model(_ids()), model(_ids())):
-            yield "two forwards in eval mode differ"
-
-
-def saving(subject: Subject) -> Iterator[str]:
-    from safetensors.torch import load, save
-
-    model, fresh = subject.model(), subject.model(seed=1)
-    fresh.load_state_dict(load(save({name: t.contiguous() for name, t in model.state_dict().items()})))
-    if not torch.equal(_logits(model, _ids()), _logits(fresh, _ids())):
-        yield "a saved and loaded model gives other logits: something that shapes the output is not in state_dict"
-
-
-def compilation(subject: Subject) -> Iterator[str]:
-    """Each layer compiles whole and computes the same."""
-    if subject.compile_backend is None:
-        return
-    eager, compiled = subject.model(), subject.model()
-    torch._dynamo.reset()
-    for module in (compiled.embedding, *compiled.layers):
-        module.compile(backend=subject.compile_backend, fullgraph=True)
-    (logits, wanted), (logits_compiled, got) = _train_step(eager), _train_step(compiled)
-    if not torch.allclose(logits, logits_compiled, rtol=1e-5, atol=1e-5):
-        worst = (logits - logits_compiled).abs().max()
-        yield f"compiled logits differ by {worst:.1e}"
-    for name, gradient in wanted.items():
-        other = got[name]
-        if gradient is not None and (other is None or not torch.allclose(gradient, other, rtol=1e-5, atol=1e-5)):
-            yield f"the compiled gradient of `{subject.local(eager, name)}` is another"
-
-
-def bfloat16(subject: Subject) -> Iterator[str]:
-    model = subject.model()
-    reference = _logits(model, _ids())
-    logits = _logits(model.to(torch.bfloat16), _ids())
-    if logits.dtype != torch.bfloat16:
-        yield f"the logits of a bfloat16 model are {logits.dtype}"
-    # of tokens the middle one, since rounding may send some to another expert
-    error = ((logits.float() - reference).norm(dim=-1) / reference.norm(dim=-1)).median()
-    if not error < 0.05:
-        yield f"in bfloat16 the logits are off by {error:.0%}"
-
-
-def token_wise(subject: Subject) -> Iterator[str]:
-    """Permuted tokens give permuted outputs."""
-    model = subject.model()
-    ffn = model.layers[0].ffn
-    if ffn.stateful:
-        return
-    seen: list[tuple[Any, ...]] = []
-    ffn.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
-    _logits(model, _ids())
-    x_BTD, context, y_BTD = seen[0]
-    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(3))
-    by_token = {f.name: getattr(context, f.name) for f in fields(context) if f.name.endswith("_BT")}
-    permuted = replace(context, **{name: None if t is None else t[:, order] for name, t in by_token.items()})
-    torch.manual_seed(2)
-    if _moved(y_BTD[:, order], ffn(x_BTD[:, order], permuted)).any():
-        yield "permuting the tokens does not permute the outputs: a feed-forward is token-wise"
-
-
-def experts(subject: Subject) -> Iterator[str]:
-    """Works inside a mixture of experts, whose grouped products equal its loop."""
-    one = subject.model(subject.spec(moe=True))
-    grouped = _logits(one, _ids())
-    loop_spec = subject.spec(moe=True)
-    loop_spec["block"]["ffn"]["dispatch"] = "loop"
-    loop = _logits(subject.model(loop_spec), _ids())
-    if _moved(loop, grouped).any():
-        yield "as grouped experts it does not compute what a loop over experts computes"
-    for name, gradient in _train_step(one)[1].items():
-        if gradient is None or not gradient.isfinite().all():
-            yield f"inside experts the gradient of `{name}` is {'missing' if gradient is None else 'not finite'}"
-
-
-SPEC_CHECKS: tuple[Check, ...] = (docstring, parameters, example, schema)
-MODEL_CHECKS: tuple[Check, ...] = (
-    meta_build, initialisation, shapes, finite, gradients, causality, batch_coupling, deterministic, saving, bfloat16,
-    compilation,
-)  # fmt: skip
-KIND_CHECKS: dict[str, tuple[Check, ...]] = {
-    "attention": (documents, cache),
-    "kernel": (documents, cache),
-    "position": (documents, cache),
-    "ffn": (token_wise, experts),
-    "activation": (token_wise, experts),
-    "linear": (experts,),
-}
-NEEDED = (parameters, example, meta_build, initialisation, shapes, finite)  # where one fails, later ones say nothing
-MODEL_KINDS = (
-    "attention", "kernel", "position", "ffn", "activation", "router", "norm", "residual", "linear", "embedding", "init",
-)  # fmt: skip
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

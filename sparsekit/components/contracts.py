@@ -377,7 +377,7 @@ def attach_loss(activation: Tensor, loss: Tensor, context: ForwardContext) -> Te
     ``loss`` already carries its coefficient.
     """
     scale = torch.as_tensor(context.loss_scale, dtype=loss.dtype, device=loss.device)
-    out: Tensor = _AttachLoss.apply(activation, loss, scale)
+    out: Tensor = _AttachLoss.apply(activation, loss, scale)  # type: ignore[no-untyped-call]
     return out
 
 

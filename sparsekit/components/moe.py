@@ -43,6 +43,8 @@ class MoE(FeedForward):
         shared_combine: Literal["sum", "mean"] = "sum"
         dispatch: Literal["grouped", "loop"] = "grouped"
 
+    load: Tensor
+
     @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
         facts.child(params.router, n_experts=params.n_experts)

@@ -24,6 +24,9 @@ class RoPE(Position):
     class Params(Position.Params):
         theta: PositiveFloat = 10000.0
 
+    cos: Tensor
+    sin: Tensor
+
     @classmethod
     def check(cls, params: Params, facts: Facts) -> None:
         if facts["head_dim"] % 2:
@@ -37,14 +40,13 @@ class RoPE(Position):
 
     def reset_parameters(self) -> None:
         length, half = self.cos.shape
-        wide = {"dtype": torch.float64, "device": self.cos.device}
-        frequency = self.params.theta ** (-torch.arange(half, **wide) / half)
-        angle = torch.outer(torch.arange(length, **wide), frequency)
+        pair, position = (torch.arange(n, dtype=torch.float64, device=self.cos.device) for n in (half, length))
+        angle = torch.outer(position, self.params.theta ** (-pair / half))
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoPE:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         wide = torch.promote_types(self.cos.dtype, torch.float32)
         stale = wide != self.cos.dtype or wide == torch.float64
         if stale and not self.cos.is_meta:  # a cast has rounded the tables, or float64 can hold better ones

@@ -18,7 +18,7 @@ class TopK(Router):
     Auxiliary losses, in training: load balance, (E/k) sum_e share_e mean(s_e), with share_e the tokens that chose e
     over all tokens (1 where uniform; sigmoid scores are first divided by their sum); and z, mean logsumexp(W x)^2.
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538; losses: Fedus et al. 2021, arXiv 2101.03961, eq. 4, Zoph et al. 2022, arXiv 2202.08906, eq. 5
+    Source: Shazeer et al. 2017, arXiv 1701.06538; losses: arXiv 2101.03961, eq. 4, and 2202.08906, eq. 5
     """
 
     class Params(Router.Params):
@@ -56,10 +56,9 @@ class TopK(Router):
     def _with_losses(
         self, weight_NK: Tensor, expert_NK: Tensor, scores_NE: Tensor, logits_NE: Tensor, context: ForwardContext
     ) -> Tensor:
-        n_tokens, n_experts = scores_NE.shape
         chosen_NE = torch.zeros_like(scores_NE).scatter(1, expert_NK, 1.0)
         shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
-        balance = n_experts / self.params.k * (chosen_NE.mean(0) * shares_NE.mean(0)).sum()
+        balance = self.n_experts / self.params.k * (chosen_NE.mean(0) * shares_NE.mean(0)).sum()
         z = logits_NE.logsumexp(-1).square().mean()
         self.record("load_balance_loss", balance)
         self.record("z_loss", z)

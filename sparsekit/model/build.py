@@ -59,7 +59,9 @@ def initialise(model: nn.Module, seed: int) -> None:
     """
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     for name, module in model.named_modules():
-        own = {n for n, _ in module.named_parameters(recurse=False)} | {n for n, _ in module.named_buffers(recurse=False)}
+        own = {n for n, _ in module.named_parameters(recurse=False)} | {
+            n for n, _ in module.named_buffers(recurse=False)
+        }
         counters = set(getattr(module, "counters", ()))
         for counter in counters:
             getattr(module, counter).zero_()

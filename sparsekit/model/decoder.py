@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Build, ForwardContext, State, active_parameters, flops_per_token
+from sparsekit.components.contracts import (
+    Attention,
+    Build,
+    FeedForward,
+    ForwardContext,
+    Residual,
+    State,
+    active_parameters,
+    flops_per_token,
+)
 from sparsekit.spec.model import BlockSpec, ModelSpec
 
 
@@ -16,9 +26,9 @@ class Block(nn.Module):
 
     def __init__(self, spec: BlockSpec, build: Build):
         super().__init__()
-        self.attention = build.child(spec.attention)
-        self.ffn = build.child(spec.ffn)
-        self.residual = build.child(spec.residual, norm=spec.norm)
+        self.attention: Attention = build.child(spec.attention)
+        self.ffn: FeedForward = build.child(spec.ffn)
+        self.residual: Residual = build.child(spec.residual, norm=spec.norm)
 
     def forward(self, x_BTD: Tensor, state: State, context: ForwardContext) -> tuple[Tensor, State]:
         x_BTD, state = self.residual(x_BTD, state, context, self.attention, self.ffn)
@@ -33,9 +43,8 @@ class Decoder(nn.Module):
         self.spec = spec
         build = Build(spec.d_model, spec.max_seq_len, 0, spec.n_layers, spec.linear, spec.init)
         self.embedding = build.child(spec.embedding, vocab_size=spec.vocab_size)
-        self.layers = nn.ModuleList(
-            Block(block, replace(build, layer_index=index)) for index, block in enumerate(spec.per_layer)
-        )
+        blocks = [Block(block, replace(build, layer_index=index)) for index, block in enumerate(spec.per_layer)]
+        self.layers = cast(Sequence[Block], nn.ModuleList(blocks))
         self.norm = build.child(spec.last_norm)
         self.head = None if spec.tie_embeddings else build.linear("head", spec.d_model, spec.vocab_size)
 

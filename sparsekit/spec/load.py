@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -139,12 +140,9 @@ def _lay(raw: Any, path: Sequence[str], value: Any) -> Any:
 
 def _typed_value(text: str, annotation: Any) -> Any:
     """The text as JSON or as a string, whichever the schema takes at this place."""
-    candidates: list[Any] = []
-    try:
-        candidates.append(json.loads(text))
-    except json.JSONDecodeError:
-        pass
-    candidates.append(text)
+    candidates: list[Any] = [text]
+    with contextlib.suppress(json.JSONDecodeError):
+        candidates.insert(0, json.loads(text))
     if annotation is not None and find_slot(annotation) is None and len(candidates) > 1:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         for candidate in candidates:
@@ -190,7 +188,8 @@ def _explain(error: ValidationError, root: type[Params], raw: Any) -> list[str]:
         elif problem["type"] in ("slot_name", "slot_type", "slot_class", "spec", "value_error"):
             message = problem["msg"].removeprefix("Value error, ")
         else:
-            message = f"{problem['msg'].replace('Input should be', 'expected')}, got {json.dumps(problem['input'], default=repr)}"
+            got = json.dumps(problem["input"], default=repr)
+            message = f"{problem['msg'].replace('Input should be', 'expected')}, got {got}"
         line = f"{'.'.join(path) or 'spec'}: {message}"
         if line not in lines:
             lines.append(line)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, GetJsonSchemaHandler, PositiveFloat, PositiveInt, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from sparsekit.spec.facts import Facts, Problem, check_choice
@@ -136,7 +144,9 @@ class ModelSpec(Params):
         except IndexError:
             raise_problems([(("layers", selector), f"there is no layer {selector} among {self.n_layers}")])
         except ValueError:
-            raise_problems([(("layers", selector), "expected a layer such as '0' or '-1', or a slice such as '4:12:2'")])
+            raise_problems(
+                [(("layers", selector), "expected a layer such as '0' or '-1', or a slice such as '4:12:2'")]
+            )
         return range(self.n_layers)[slice(*numbers)]
 
     def _check(self) -> list[Problem]:

@@ -26,7 +26,11 @@ def json_schema() -> dict[str, Any]:
     for kind in KINDS:
         definitions[kind] = _kind_schema(kind, definitions)
     definitions["Partial"] = _partial(definitions["BlockSpec"])
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sparsekit spec", "$defs": definitions}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "sparsekit spec",
+        "$defs": definitions,
+    }
     run, model = (_extendable(_resolve(root)) for root in roots)
     definitions.update({name: _extendable(_resolve(body)) for name, body in definitions.items() if name not in KINDS})
     definitions.update({kind: _resolve(definitions[kind]) for kind in KINDS})
@@ -62,7 +66,7 @@ def _kind_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
     if short:
         options.append({"enum": short})
     # an object without a type changes parameters of the field's default entry, or of what it is merged over
-    keys = {name: True for name in typeless}
+    keys = dict.fromkeys(typeless, True)
     options.append({"type": "object", "properties": {"type": False, **keys}, "additionalProperties": False})
     return {"title": kind, "anyOf": options}
 

@@ -35,7 +35,12 @@ class Progress:
 
 
 def save(
-    run: Run, spec: RunSpec, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, data: dict[str, Any]
+    run: Run,
+    spec: RunSpec,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    data: dict[str, Any],
 ) -> Path:
     """Writes a checkpoint of everything a resume needs; ``data`` identifies the text it was trained on.
 
@@ -104,7 +109,7 @@ def demand_same_spec(folder: Path, spec: RunSpec) -> None:
 
 def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, if any, and a line for each newer one that is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(run.checkpoints):
         try:
             verify(folder)

@@ -48,7 +48,8 @@ class AdamW(Optimizer):
     states_per_parameter = 2
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        decayed, rest = [], []
+        decayed: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for module, name, parameter in owned_parameters(model):
             decays = self.params.decay == "all" or is_matrix(module, name, parameter)
             (decayed if decays else rest).append(parameter)

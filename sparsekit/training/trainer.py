@@ -48,6 +48,8 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
     """
     run = Run(Path(out) if out is not None else Path("runs") / spec.name)
     start = _starting_point(run, spec, resume)
+    if start is None:
+        (run.folder / TOKENIZER).unlink(missing_ok=True)  # of a run that never came to save anything
     trainer = Trainer(spec, run)
     if start is not None:
         trainer.restore(start)
@@ -241,20 +243,27 @@ class Trainer:
             n_targets += batch.n_targets
         self.model.train()
         loss_per_token = total.item() / n_targets
-        bytes_per_token = self.validation_set.n_bytes / len(self.validation_set.tokens)
+        bytes_per_token = self.validation_set.n_bytes / len(self.validation_set)
         return {"val_loss": loss_per_token, "val_bits_per_byte": loss_per_token / NATS_PER_BIT / bytes_per_token}
 
     def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor, lr: float, evaluate: bool) -> None:
         progress = self.progress
-        row = {"step": progress.step, "tokens": progress.tokens, "loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": loss.item(),
+            "lr": lr,
+            "grad_norm": norm.item(),
+        }
         row.update(self._counters())
         now = time.monotonic()
         row["tokens_per_second"] = (progress.tokens - self._clock_tokens) / max(1e-9, now - self._clock)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             kept = self.run.checkpoints
+            where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was saved"
             raise SparsekitError(
-                f"step {progress.step}: loss {row['loss']}, gradient norm {row['grad_norm']}; training has diverged. "
-                f"{f'The last checkpoint is {kept[-1]}' if kept else 'No checkpoint was saved'}; lower the learning rate"
+                f"step {progress.step}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged "
+                f"({where}); lower the learning rate"
             )
         if evaluate:
             row.update(self.evaluate())
@@ -277,9 +286,7 @@ class Trainer:
         return dict(zip(found, means, strict=True))
 
     def _save(self) -> None:
-        folder = checkpoint.save(
-            self.run, self.spec, self.model, self.optimizer, self.progress, self.data_identity
-        )
+        folder = checkpoint.save(self.run, self.spec, self.model, self.optimizer, self.progress, self.data_identity)
         checkpoint.prune(self.run, self.spec.train.keep, self.progress)
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
@@ -290,7 +297,7 @@ class Trainer:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: FrameType | None) -> None:
             self.signal = number
@@ -319,13 +326,12 @@ def _device(name: str) -> torch.device:
 
 
 def _identity(tokens: TokenSet) -> dict[str, Any]:
-    return {"tokens": len(tokens.tokens), "documents": len(tokens.starts) - 1, "fingerprint": tokens.fingerprint}
+    return {"tokens": len(tokens), "documents": tokens.n_documents, "fingerprint": tokens.fingerprint}
 
 
 def _demand_causal(model: torch.nn.Module, allow_leak: bool) -> None:
     """Refuses to train a language model that sees what it is to predict."""
     leaks = [name for name, m in model.named_modules() if isinstance(m, Component) and not m.causal]
     if leaks and not allow_leak:
-        raise SpecError(
-            [f"model.allow_leak: {leaks[0]} is not causal, so the loss would mean nothing; set it to true to train anyway"]
-        )
+        problem = f"{leaks[0]} is not causal, so the loss would mean nothing; set it to true to train anyway"
+        raise SpecError([f"model.allow_leak: {problem}"])
