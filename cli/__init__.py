@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from . import catalogue, models, runs
 
 from sparsekit.errors import SparsekitError
+
+from . import catalogue, models, runs
 
 app = typer.Typer(
     name="sparsekit",

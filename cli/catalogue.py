@@ -11,10 +11,11 @@ import textwrap
 from typing import Annotated, Any
 
 import typer
-from .options import Json
 
 from sparsekit.errors import SparsekitError
 from sparsekit.registry import KINDS, Entry, registry
+
+from .options import Json
 
 CHECK_SECONDS = 60
 

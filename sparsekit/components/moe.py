@@ -67,11 +67,11 @@ class MoE(FeedForward):
         self.counter("load", params.n_experts)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose
         routing = self.router(x_ND, context)
         ones = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
         load = torch.zeros(self.n_experts + 1, dtype=ones.dtype, device=ones.device)
-        self.record("load", load.index_add(0, routing.expert_M, ones)[:-1] / x_ND.shape[0])
+        self.record("load", load.index_add(0, routing.expert_M, ones)[:-1] / max(x_ND.shape[0], 1))
         y_ND = self.dispatch(x_ND, routing, context)
         if self.shared_expert is not None:
             shared_ND = self.shared_expert(x_ND, context)
@@ -85,7 +85,7 @@ class MoE(FeedForward):
         expert_sorted, order_M = routing.expert_M.sort(stable=True)
         experts = torch.arange(self.n_experts, device=x_ND.device)
         offsets_E = torch.searchsorted(expert_sorted, experts, right=True).to(torch.int32)
-        slots = n_rows // n_tokens
+        slots = max(n_rows // max(n_tokens, 1), 1)
         token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
         y_MD = self.experts(x_ND[token_M], replace(context, groups=ExpertGroups(offsets_E)))
         if not routing.complete:  # rows of no expert hold nothing, and nothing times 0 may still be NaN
@@ -93,7 +93,7 @@ class MoE(FeedForward):
         if routing.token_M is None:  # put back token by token: a gather and a sum, always in the same order
             back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(n_rows, device=x_ND.device))
             weighted_MD = y_MD[back_M] * routing.weight_M[:, None]
-            return weighted_MD.view(n_tokens, slots, -1).sum(1)
+            return weighted_MD.unflatten(0, (n_tokens, slots)).sum(1)
         weighted_MD = y_MD * routing.weight_M[order_M][:, None]
         return weighted_MD.new_zeros(x_ND.shape).index_add(0, token_M, weighted_MD)
 
@@ -102,7 +102,8 @@ class MoE(FeedForward):
         n_rows = routing.expert_M.shape[0]
         token_M = routing.token_M
         if token_M is None:
-            token_M = torch.arange(n_rows, device=x_ND.device) // (n_rows // x_ND.shape[0])
+            token_M = torch.arange(x_ND.shape[0], device=x_ND.device)
+            token_M = token_M.repeat_interleave(n_rows // max(x_ND.shape[0], 1))
         y_ND = torch.zeros_like(x_ND)
         for index in range(self.n_experts):
             rows = (routing.expert_M == index).nonzero()[:, 0]

@@ -46,7 +46,7 @@ class TopK(Router):
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         scores_NE = logits_NE.softmax(-1) if self.params.score == "softmax" else logits_NE.sigmoid()
         weight_NK, expert_NK = scores_NE.topk(self.params.k, dim=-1)
-        self.record("confidence", weight_NK[:, 0].mean())
+        self.record("confidence", weight_NK[:, 0].sum() / max(x_ND.shape[0], 1))
         if self.params.renormalize:
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         if self.training:
@@ -56,10 +56,11 @@ class TopK(Router):
     def _with_losses(
         self, weight_NK: Tensor, expert_NK: Tensor, scores_NE: Tensor, logits_NE: Tensor, context: ForwardContext
     ) -> Tensor:
+        n_tokens = max(scores_NE.shape[0], 1)
         chosen_NE = torch.zeros_like(scores_NE).scatter(1, expert_NK, 1.0)
         shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
-        balance = self.n_experts / self.params.k * (chosen_NE.mean(0) * shares_NE.mean(0)).sum()
-        z = logits_NE.logsumexp(-1).square().mean()
+        balance = self.n_experts / self.params.k * (chosen_NE.sum(0) * shares_NE.sum(0)).sum() / n_tokens**2
+        z = logits_NE.logsumexp(-1).square().sum() / n_tokens
         self.record("load_balance_loss", balance)
         self.record("z_loss", z)
         return attach_loss(weight_NK, self.params.load_balance * balance + self.params.z_loss * z, context)

@@ -155,7 +155,7 @@ class Windows:
         places = begins_B[:, None] + np.arange(self.seq_len + 1)  # [B, T + 1]: an input and, one on, its target
         # every document ends in an end of text, so the last token is one: what a short stream is filled up with
         window = tokens[np.minimum(places, n_tokens - 1)].astype(np.int64)
-        ids, targets = np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
+        ids, targets = window[:, :-1].copy(), window[:, 1:].copy()  # copies, as a window of one row is contiguous
         ignored = (places[:, 1:] <= covered_to_B[:, None]) | (places[:, 1:] >= n_tokens)
         documents_BT = None
         if self.document_mask:

@@ -12,6 +12,7 @@ import importlib.resources
 import itertools
 import json
 import lzma
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -174,15 +175,17 @@ def _place(text: str) -> float:
 def _cut(document: Document, fraction: float) -> tuple[str, str]:
     """A lone document as (training, validation), cut after the line end nearest to where the fraction begins."""
     text = document.text
-    goal = round(len(text) * (1 - fraction))
-    before, after = text.rfind("\n", 0, goal) + 1, text.find("\n", goal) + 1
-    cuts = [cut for cut in (before, after) if text[:cut].strip() and text[cut:].strip()]
-    if not cuts:
+    first = text.find("\n", len(text) - len(text.lstrip())) + 1  # cut earlier or later, one side would be blank
+    last = text.rfind("\n", 0, len(text.rstrip())) + 1
+    if not 0 < first <= last:
         raise DataError(
             f"{document.where}: no validation documents: the only document has no line boundary to be cut at; "
             "give validation_path, or more documents"
         )
-    cut = min(cuts, key=lambda place: abs(place - goal))
+    goal = round(len(text) * (1 - fraction))
+    near = min(max(goal, first), last)
+    before, after = text.rfind("\n", 0, near) + 1, text.find("\n", near, last) + 1 or last
+    cut = min(before, after, key=lambda place: abs(place - goal))
     return text[:cut], text[cut:]
 
 
@@ -294,9 +297,10 @@ def find_files(paths: str | list[str], name: str, suffix: str) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for text in _as_list(paths):
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if path.is_dir():
-            files = sorted(file for file in path.glob(f"*{suffix}") if file.is_file())
+            # hidden files are no text of the user's: macOS leaves a binary ._name beside every file on foreign disks
+            files = sorted(file for file in path.glob(f"[!.]*{suffix}") if file.is_file())
             if not files:
                 raise DataError(f"{path}: the folder has no *{suffix} file; name the files in data.source.{name}")
         elif path.exists() or not glob.has_magic(text):  # a name may hold brackets and be no glob

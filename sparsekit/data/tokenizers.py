@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -225,7 +226,7 @@ class BPETokenizer(Tokenizer):
         if params.vocab_size is not None:
             return int(params.vocab_size)
         # A run folder may be read where the file is not: its spec stays valid, and fit tells what is missing.
-        path = Path(params.path).expanduser()
+        path = Path(os.path.expanduser(params.path))
         if not path.is_file():
             return None
         try:
@@ -241,7 +242,7 @@ class BPETokenizer(Tokenizer):
 
     def fit(self, documents: Iterable[str]) -> None:
         if self.params.path is not None:
-            self._restore_from(Path(self.params.path).expanduser())
+            self._restore_from(Path(os.path.expanduser(self.params.path)))
             return
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -137,6 +137,7 @@ class Trainer:
         self.total_steps = self._count_steps()
         self.progress = Progress()
         self.signal: int | None = None
+        self._saved_step = 0
 
     def _count_steps(self) -> int:
         settings = self.spec.train
@@ -150,6 +151,7 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint."""
         self.progress = checkpoint.load(folder, self.model, self.optimizer, self.data_identity)
+        self._saved_step = self.progress.step
 
     def fit(self) -> None:
         """Trains to the end, or until a signal asks to stop; either way the last step is saved."""
@@ -170,10 +172,12 @@ class Trainer:
                     if due_eval or step == 1 or _due(step, settings.log_every):
                         self._log(log, loss, norm, lr, due_eval)
                     improved = settings.keep.best and due_eval and self.progress.best_step == step
-                    if last or improved or self.signal is not None or _due(step, settings.checkpoint_every):
+                    if last or improved or _due(step, settings.checkpoint_every):
                         self._save()
                     for callback in self.callbacks:
                         callback.on_step(self)
+                if self._saved_step != self.progress.step:  # asked to stop between checkpoints
+                    self._save()
                 finished = self.progress.step >= self.total_steps
             finally:
                 for callback in started:
@@ -187,13 +191,13 @@ class Trainer:
         self.model.train()
         batches = list(self._micro_batches())
         n_targets = sum(batch.n_targets for batch in batches)
-        total = torch.zeros((), device=self.device)
+        losses = []
         for batch in batches:
             context = self._context(batch, n_targets)
             with self._autocast():
                 loss = self.objective(self.model, batch, context)
             (loss / n_targets).backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = settings.max_grad_norm if settings.max_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -208,7 +212,7 @@ class Trainer:
             sequences=self.progress.sequences + self.sequences_per_step,
             tokens=self.progress.tokens + self.spec.global_batch_tokens,
         )
-        return total / n_targets, norm, self.optimizer.param_groups[0]["lr"]
+        return torch.stack(losses).sum() / n_targets, norm, self.optimizer.param_groups[0]["lr"]
 
     def _micro_batches(self) -> Iterator[Batch]:
         size = self.spec.train.micro_batch_size
@@ -287,6 +291,7 @@ class Trainer:
 
     def _save(self) -> None:
         folder = checkpoint.save(self.run, self.spec, self.model, self.optimizer, self.progress, self.data_identity)
+        self._saved_step = self.progress.step
         checkpoint.prune(self.run, self.spec.train.keep, self.progress)
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)

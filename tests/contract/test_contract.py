@@ -294,7 +294,7 @@ class Branching(Squared):
 
     def forward(self, x_BTD: Any, context: Any) -> Any:
         y = super().forward(x_BTD, context)
-        return y if float(y.sum()) > 0 else -y
+        return y if float(y.detach().sum()) > 0 else -y
 
 
 class CompiledOtherwise(Squared):

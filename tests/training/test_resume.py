@@ -71,6 +71,7 @@ def test_stopped_equals_undisturbed(raw: dict[str, Any], tmp_path: Path, stops: 
     for step in stops:
         part = train(validate(with_stop(raw, step)), out=tmp_path / "part")
         assert part.metrics[-1]["step"] == step
+        assert part.checkpoints[-1].name == f"step-{step:08d}"
     part = train(validate(raw), out=tmp_path / "part")
     assert part.metrics[-1]["step"] == 12
     assert_same_run(whole, part)

@@ -31,4 +31,4 @@ def test_formulas() -> None:
         hidden = [max(a @ row, b @ row) for a, b in zip(ffn.gate.weight, ffn.up.weight, strict=True)]
         assert torch.allclose(y, ffn.down.weight @ torch.stack(hidden), rtol=1e-12)
     for row, y in zip(x, norm(x), strict=True):
-        assert torch.allclose(y, row * 8**0.5 / sum(v**2 for v in row) ** 0.5, rtol=1e-12)
+        assert torch.allclose(y, row * norm.scale / sum(v**2 for v in row) ** 0.5, rtol=1e-12)

@@ -1,0 +1,90 @@
+"""The plug-in story: a package installed into an environment of its own is trained by name, with no edit in the core."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from sparsekit.registry import registry
+
+EXAMPLE = Path(__file__).parents[1] / "plugins" / "sparsekit-example"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment that sees this one's packages and has the example plug-in beside them."""
+    folder = tmp_path_factory.mktemp("plugin") / "venv"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    ours = sysconfig.get_path("purelib")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    theirs = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    # addsitedir, unlike a bare path, also follows the links of editable installs
+    (Path(theirs) / "shared.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    pip = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    ]
+    done = subprocess.run([*pip, str(EXAMPLE)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def run(python: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [python, *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_not_in_our_own_environment() -> None:
+    assert "maxout" not in registry("ffn").names(), "uninstall sparsekit-example: the core is tested without it"
+
+
+def test_is_listed_without_being_imported(environment: Path) -> None:
+    done = run(environment, "-c", "import sys; from sparsekit.cli import main\n"
+               "sys.argv = ['sparsekit', 'list', '--json']\n"
+               "try: main()\nfinally: assert 'sparsekit_example' not in sys.modules")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours = {(e["kind"], e["name"]) for e in json.loads(done.stdout) if e["owner"] == "sparsekit-example"}
+    assert ours == {("ffn", "maxout"), ("norm", "scale_norm")}
+    assert run(environment, "-m", "sparsekit.cli", "list", "--check").returncode == 0
+
+
+def test_trains_by_name(environment: Path, tmp_path: Path) -> None:
+    spec = json.loads((EXAMPLE / "spec.json").read_text())
+    spec["model"]["layers"] = {"1": {"ffn": {"type": "moe", "n_experts": 4, "expert": {"type": "maxout", "d_ff": 32}}}}
+    spec["train"] |= {"max_steps": 20, "callbacks": []}
+    (tmp_path / "text.txt").write_text("What is it that you would tell me, and why not before now?\n" * 200)
+    spec["data"] = {"source": {"type": "text", "path": "text.txt"}}
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(spec))
+    done = run(environment, "-m", "sparsekit.cli", "train", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "maxout"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert json.loads((folder / "spec.json").read_text())["packages"] == {"sparsekit-example": "0.1.0"}
+
+    # here, where the package is not installed, the run says what is missing
+    done = run(Path(sys.executable), "-m", "sparsekit.cli", "generate", str(folder))
+    assert done.returncode == 2 and "unknown ffn 'maxout'" in done.stderr
+    assert "made with sparsekit-example 0.1.0, which is not installed: pip install sparsekit-example" in done.stderr
+
+
+def test_its_own_tests_pass(environment: Path) -> None:
+    done = run(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(EXAMPLE / "tests"))
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout

@@ -1,0 +1,208 @@
+"""Schedules against their formulas, the optimizer's groups, checkpoints on disk, the metrics file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsekit.errors import CheckpointError
+from sparsekit.files import MANIFEST, folder_written_whole, verify, written_whole
+from sparsekit.model.build import build_model
+from sparsekit.model.targets import MODEL, Run, load_model, resolve
+from sparsekit.spec.load import validate
+from sparsekit.spec.slot import Params
+from sparsekit.training import checkpoint, schedules
+from sparsekit.training.checkpoint import OPTIMIZER, STATE, Progress
+from sparsekit.training.metrics import MetricsLog
+from sparsekit.training.optimizers import AdamW
+from sparsekit.training.trainer import train
+
+# ---- schedules ----
+
+
+def make(cls: type, **params: Any) -> Any:
+    return cls(cls.Params(**params))  # type: ignore[attr-defined]
+
+
+@given(st.sampled_from(["Constant", "Cosine", "WarmupStableDecay"]), st.integers(0, 20), st.integers(1, 200))
+def test_factors_stay_in_bounds(name: str, warmup: int, total: int) -> None:
+    schedule = make(getattr(schedules, name), warmup_steps=warmup)
+    factors = [schedule.factor(step, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    for step in range(min(warmup, total)):
+        assert factors[step] == pytest.approx((step + 1) / warmup)
+    after = factors[warmup:]
+    assert after == sorted(after, reverse=True)
+
+
+def test_cosine_by_the_formula() -> None:
+    schedule = make(schedules.Cosine, warmup_steps=10, final=0.2)
+    for step in (10, 35, 60, 109):
+        expected = 0.2 + 0.8 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert schedule.factor(step, 110) == pytest.approx(expected, rel=1e-12)
+
+
+def test_wsd_decays_over_its_last_share_only() -> None:
+    schedule = make(schedules.WarmupStableDecay, warmup_steps=10, decay_share=0.25, final=0.1)
+    factors = [schedule.factor(step, 110) for step in range(110)]
+    assert factors[10:86] == [1.0] * 76
+    for step in range(85, 110):
+        assert factors[step] == pytest.approx(0.1 + 0.9 * (110 - step) / 25)
+
+
+# ---- optimizer ----
+
+MODEL_DICT: dict[str, Any] = {
+    "d_model": 16, "n_layers": 1, "vocab_size": 32, "max_seq_len": 8,
+    "block": {
+        "norm": "layernorm",
+        "attention": {"type": "mha", "n_heads": 2, "bias": True, "qk_norm": "rmsnorm"},
+        "ffn": {"type": "moe", "n_experts": 3, "expert": {"type": "mlp", "d_ff": 8, "bias": True}},
+    },
+}  # fmt: skip
+
+
+def test_only_matrices_decay() -> None:
+    model = build_model(MODEL_DICT)
+    optimizer = make(AdamW, weight_decay=0.3).build(model)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    told = {name: decay[id(p)] for name, p in model.named_parameters()}
+    decayed = {name for name, value in told.items() if value == 0.3}
+    matrices = [f"attention.{x}" for x in "qkvo"] + ["ffn.experts.up", "ffn.experts.down", "ffn.router.gate"]
+    assert decayed == {f"layers.0.{name}.weight" for name in matrices} | {"head.weight"}
+    assert all(value == 0.0 for name, value in told.items() if name not in decayed)
+    everything = make(AdamW, weight_decay=0.3, decay="all").build(model)
+    assert {group["weight_decay"] for group in everything.param_groups} == {0.3}
+
+
+def test_tied_embedding_is_one_parameter_and_not_decayed() -> None:
+    model = build_model(MODEL_DICT | {"tie_embeddings": True})
+    optimizer = make(AdamW).build(model)
+    groups = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert groups[id(model.embedding.weight)] == 0.0
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+# ---- files ----
+
+
+def test_nothing_is_left_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    folder = tmp_path / "folder"
+    with pytest.raises(OSError, match="disk full"), folder_written_whole(folder) as here:
+        (here / "x").write_text("half")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_against_its_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with folder_written_whole(folder) as here:
+        (here / "x").write_bytes(b"0123456789")
+    verify(folder)
+    (folder / "x").write_bytes(b"01234")
+    with pytest.raises(CheckpointError, match="has 5 bytes where 10 were written"):
+        verify(folder)
+    (folder / "x").write_bytes(b"0123456788")
+    with pytest.raises(CheckpointError, match="its hash differs"):
+        verify(folder)
+    (folder / "x").unlink()
+    with pytest.raises(CheckpointError, match="is missing from the checkpoint"):
+        verify(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        verify(folder)
+
+
+# ---- checkpoints ----
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, "spec.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_file_is_refused(raw: dict[str, Any], tmp_path: Path, name: str, damage: str) -> None:
+    raw["train"]["max_steps"] = 1
+    run = train(validate(raw), out=tmp_path / "run")
+    path = run.checkpoints[-1] / name
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flip" else content[:-7])
+    raw["train"]["max_steps"] = 2
+    with pytest.raises(CheckpointError) as error:
+        train(validate(raw), out=tmp_path / "run")
+    assert name in one_line(error)
+
+
+def test_round_trip(raw: dict[str, Any], tmp_path: Path) -> None:
+    run = train(validate(raw), out=tmp_path / "run")
+    for target in (run, run.folder, run.checkpoints[-1], str(run.folder)):
+        model = load_model(target)
+        weights = [dict(model.state_dict())]
+    ids = torch.arange(16)[None]
+    assert torch.equal(model(ids), load_model(run)(ids))
+    assert resolve(run).spec.model == validate(raw).model
+    assert not any("cos" in name for name in weights[0])  # what is worked out is not saved
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path, raw: dict[str, Any]) -> None:
+    spec = validate(raw)
+    model = build_model(spec)
+    optimizer = make(AdamW).build(model)
+    with torch.no_grad():
+        model.layers[1].attention.q.weight[3, 3] = math.inf  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.q\.weight is not finite"):
+        checkpoint.save(Run(tmp_path), spec, model, optimizer, Progress(step=5), {})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_weights_of_another_model_are_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    run = train(validate(raw), out=tmp_path / "run")
+    folder = run.checkpoints[-1]
+    spec = json.loads((folder / "spec.json").read_text())
+    spec["model"]["block"]["ffn"]["d_ff"] = 32
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+    with folder_written_whole(folder) as here:
+        for name, data in content.items():
+            (here / name).write_bytes(data)
+        (here / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(CheckpointError) as error:
+        load_model(run)
+    assert "another spec" in one_line(error)
+
+
+# ---- metrics ----
+
+
+def test_metrics_are_there_at_once_and_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, after_step=0) as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": 1 / step})
+            assert Run(tmp_path).metrics[-1] == {"step": step, "loss": 1 / step}
+    with MetricsLog(tmp_path, after_step=2):
+        pass
+    assert [row["step"] for row in Run(tmp_path).metrics] == [1, 2]
+
+
+def test_params_base() -> None:
+    assert issubclass(AdamW.Params, Params)
