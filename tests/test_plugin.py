@@ -1,9 +1,10 @@
-"""The plug-in story: a package installed into an environment of its own is trained by name, with no edit in the core."""
+"""The plug-in story: a package in an environment of its own is trained by name, with no edit in the core."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,17 +29,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     theirs = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     # addsitedir, unlike a bare path, also follows the links of editable installs
     (Path(theirs) / "shared.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    pip = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--disable-pip-version-check",
-    ]
-    done = subprocess.run([*pip, str(EXAMPLE)], capture_output=True, text=True)
+    package = folder.with_name(EXAMPLE.name)  # a copy, since building leaves files beside the source
+    shutil.copytree(EXAMPLE, package)
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, str(package)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return python
 
