@@ -77,8 +77,6 @@ def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
         CheckpointError: a run folder without a checkpoint.
     """
     path = target.folder if isinstance(target, Run) else Path(target)
-    if str(path).startswith("hf:"):
-        raise SpecError([f"{path}: Hugging Face folders cannot be read yet; give a spec, a run or a checkpoint"])
     if not path.is_dir():
         return Target(load_spec(path, overrides))
     if not (path / SPEC).exists():

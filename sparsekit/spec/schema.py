@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from sparsekit.errors import PluginError, SparsekitError
 from sparsekit.registry import KINDS, registry
 from sparsekit.spec.model import BlockSpec, ModelSpec, Partial
 from sparsekit.spec.run import RunSpec
-from sparsekit.spec.slot import Slot
+from sparsekit.spec.slot import Params, Slot
 
 REF = "#/$defs/"
+PARTIAL = "partial."
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema 2020-12 of a run spec or of a bare model spec.
 
     Each registry is one ``$defs/<kind>``, to which slots refer (expanded in place they would recurse for ever:
-    moe -> expert -> ffn -> moe). ``extends`` is allowed in every object, and then nothing there is required.
+    moe -> expert -> ffn -> moe). Every definition has a twin ``partial.<name>`` in which nothing is required, at any
+    depth: of an object that ``extends`` a file, and of what ``layers`` lays over a block.
     """
     definitions: dict[str, Any] = {}
-    roots = [_collect(cls.model_json_schema(ref_template=REF + "{model}"), definitions) for cls in (RunSpec, ModelSpec)]
-    _collect(BlockSpec.model_json_schema(ref_template=REF + "{model}"), definitions)
+    for cls in (RunSpec, ModelSpec, BlockSpec):
+        definitions[cls.__name__] = _collect(cls, definitions)
     for kind in KINDS:
         definitions[kind] = _kind_schema(kind, definitions)
-    definitions["Partial"] = _partial(definitions["BlockSpec"])
-    schema = {
+    definitions = {name: _with_extends(_resolve(body)) for name, body in definitions.items()}
+    partial = {PARTIAL + name: _partial(body) for name, body in definitions.items() if name not in KINDS}
+    for kind in KINDS:
+        names = [name for name in registry(kind).names() if f"{kind}.{name}" in definitions]
+        options = [{"$ref": f"{REF}{PARTIAL}{kind}.{name}"} for name in names]
+        partial[PARTIAL + kind] = {"title": kind, "anyOf": [*options, {"enum": names}]}
+    whole = {name: _extendable(name, body) for name, body in definitions.items()}
+    return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "sparsekit spec",
-        "$defs": definitions,
+        "type": "object",
+        # one branch and not anyOf, so that an editor reports the mistake and not "matches neither"
+        "if": {"anyOf": [{"required": [name]} for name in RunSpec.model_fields]},
+        "then": {"$ref": f"{REF}RunSpec"},
+        "else": {"$ref": f"{REF}ModelSpec"},
+        "$defs": {**whole, **partial},
     }
-    run, model = (_extendable(_resolve(root)) for root in roots)
-    definitions.update({name: _extendable(_resolve(body)) for name, body in definitions.items() if name not in KINDS})
-    definitions.update({kind: _resolve(definitions[kind]) for kind in KINDS})
-    # one branch and not anyOf, so that an editor reports the mistake and not "matches neither"
-    schema.update({"if": {"required": ["model"]}, "then": run, "else": model, "type": "object"})
-    return schema
 
 
-def _collect(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _collect(params: type[Params], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one class; those it refers to go to the definitions."""
+    schema = params.model_json_schema(ref_template=REF + "{model}")
     definitions.update(schema.pop("$defs", {}))
     return schema
 
@@ -48,14 +56,11 @@ def _kind_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """Any entry of a kind: an object for each, and the names alone where every parameter has a default."""
     options: list[dict[str, Any]] = []
     short: list[str] = []
-    typeless: dict[str, Any] = {}
     for name in registry(kind).names():
         try:
-            params = registry(kind).get(name).Params
+            body = _collect(registry(kind).get(name).Params, definitions)
         except (PluginError, SparsekitError):
             continue  # a plug-in that cannot be imported costs only its own names
-        body = _collect(params.model_json_schema(ref_template=REF + "{model}"), definitions)
-        typeless.update(copy.deepcopy(body.get("properties", {})))
         if not body.get("required"):
             short.append(name)
         body["properties"] = {"type": {"const": name}, **body.get("properties", {})}
@@ -65,17 +70,9 @@ def _kind_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
         options.append({"$ref": f"{REF}{kind}.{name}"})
     if short:
         options.append({"enum": short})
-    # an object without a type changes parameters of the field's default entry, or of what it is merged over
-    keys = dict.fromkeys(typeless, True)
-    options.append({"type": "object", "properties": {"type": False, **keys}, "additionalProperties": False})
-    return {"title": kind, "anyOf": options}
-
-
-def _partial(block: dict[str, Any]) -> dict[str, Any]:
-    part = copy.deepcopy(block)
-    part.pop("required", None)
-    part["title"] = "part of a block"
-    return part
+    # an object without a type changes parameters of the field's default entry
+    typeless = {"type": "object", "properties": {"type": False}, "$ref": f"{REF}{PARTIAL}{kind}"}
+    return {"title": kind, "anyOf": [*options, typeless]}
 
 
 def _resolve(node: Any) -> Any:
@@ -87,17 +84,30 @@ def _resolve(node: Any) -> Any:
     if Slot.schema_key in node:
         return {"$ref": REF + node[Slot.schema_key]}
     if Partial.schema_key in node:
-        return {"$ref": REF + "Partial"}
+        return {"$ref": REF + PARTIAL + node[Partial.schema_key]}
     return {key: _resolve(value) for key, value in node.items() if key != "default"}
 
 
-def _extendable(body: dict[str, Any]) -> dict[str, Any]:
-    """Allows ``extends`` in an object; what it extends may hold the required keys."""
-    if body.get("type") != "object" or "properties" not in body:
+def _with_extends(body: dict[str, Any]) -> dict[str, Any]:
+    if "properties" not in body:
         return body
-    body = {**body, "properties": {"extends": {"type": "string"}, **body["properties"]}}
-    required = body.pop("required", [])
-    if required:
-        body["if"] = {"not": {"required": ["extends"]}}
-        body["then"] = {"required": required}
-    return body
+    return {**body, "properties": {"extends": {"type": "string"}, **body["properties"]}}
+
+
+def _partial(node: Any) -> Any:
+    """The same with nothing required, here and in what is referred to."""
+    if isinstance(node, list):
+        return [_partial(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    loose = {key: _partial(value) for key, value in node.items() if not (key == "required" and isinstance(value, list))}
+    if isinstance(loose.get("$ref"), str):
+        loose["$ref"] = REF + PARTIAL + loose["$ref"].removeprefix(REF).removeprefix(PARTIAL)
+    return loose
+
+
+def _extendable(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What an object extends may hold what it lacks."""
+    if "properties" not in body:
+        return body
+    return {"if": {"required": ["extends"]}, "then": {"$ref": f"{REF}{PARTIAL}{name}"}, "else": body}

@@ -14,6 +14,11 @@ from sparsekit.spec.slot import Params, find_slot, slot_of
 
 def type_at(root: type[Params], path: Sequence[str], raw: Any) -> Any:
     """The annotation at ``path`` below ``root``, following ``raw`` through slots; None where the path leads nowhere."""
+    return _descend(root, path, raw)[0]
+
+
+def _descend(root: type[Params], path: Sequence[str], raw: Any) -> tuple[Any, Any]:
+    """(annotation, default) of the field at a path; (None, None) where it leads nowhere."""
     found: Any = root
     default: Any = None
     for part in path:
@@ -24,16 +29,17 @@ def type_at(root: type[Params], path: Sequence[str], raw: Any) -> Any:
             elif part in params.model_fields:
                 field = params.model_fields[part]
                 slot = slot_of(field)
+                # what a partial object leaves out is not the default, but what it is merged over
+                default = None if _is_partial(found) else field.default
                 found = Annotated[field.annotation, slot] if slot else field.annotation
-                default = field.default
             else:
-                return None
+                return None, None
         else:
             found, default = _item_type(found), None
             if found is None:
-                return None
+                return None, None
         raw = _item(raw, part)
-    return found
+    return found, default
 
 
 def params_at(annotation: Any, default: Any, raw: Any) -> type[Params] | None:
@@ -62,8 +68,12 @@ def fields_at(root: type[Params], path: Sequence[str], raw: Any) -> list[str]:
     here = raw
     for part in path:
         here = _item(here, part)
-    params = params_at(type_at(root, path, raw) if path else root, None, here)
+    params = params_at(*_descend(root, path, raw), here)
     return list(params.model_fields) if params else []
+
+
+def _is_partial(annotation: Any) -> bool:
+    return any(isinstance(mark, Partial) for mark in getattr(annotation, "__metadata__", ()))
 
 
 def _options(annotation: Any) -> Sequence[Any]:

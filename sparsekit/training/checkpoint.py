@@ -119,6 +119,12 @@ def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def clear_unfinished(run: Run) -> None:
+    """Removes what a kill left of a checkpoint that was being written."""
+    for folder in (run.folder / CHECKPOINTS).glob(".step-*.tmp"):
+        shutil.rmtree(folder)
+
+
 def prune(run: Run, keep: KeepSpec, progress: Progress) -> None:
     """Removes the checkpoints that the policy does not keep."""
     newest = run.checkpoints[-keep.last :]

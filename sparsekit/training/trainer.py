@@ -157,6 +157,7 @@ class Trainer:
         """Trains to the end, or until a signal asks to stop; either way the last step is saved."""
         settings = self.spec.train
         write_json(self.run.folder / SPEC, dump(self.spec))
+        checkpoint.clear_unfinished(self.run)
         finished = False
         with MetricsLog(self.run.folder, self.progress.step) as log, self._signals():
             started: list[Any] = []
@@ -166,11 +167,13 @@ class Trainer:
                     callback.on_start(self)
                 self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
                 while self.progress.step < self.total_steps and self.signal is None:
-                    loss, norm, lr = self.step()
-                    step, last = self.progress.step, self.progress.step == self.total_steps
+                    step = self.progress.step + 1
+                    last = step == self.total_steps
                     due_eval = last or _due(step, settings.eval_every)
-                    if due_eval or step == 1 or _due(step, settings.log_every):
-                        self._log(log, loss, norm, lr, due_eval)
+                    due_log = due_eval or step == 1 or _due(step, settings.log_every)
+                    told = self.step(collect=due_log)
+                    if due_log:
+                        self._log(log, told, due_eval)
                     improved = settings.keep.best and due_eval and self.progress.best_step == step
                     if last or improved or _due(step, settings.checkpoint_every):
                         self._save()
@@ -185,19 +188,27 @@ class Trainer:
         if not finished:
             print(f"{self.run.folder}: stopped and saved at step {self.progress.step}", file=sys.stderr)
 
-    def step(self) -> tuple[Tensor, Tensor, float]:
-        """One update: (mean loss in nats a target, gradient norm before clipping, learning rate)."""
+    def step(self, collect: bool = False) -> dict[str, Tensor | float]:
+        """One update: its loss (mean nats a target), gradient norm before clipping and learning rate.
+
+        With ``collect`` also what components counted (auxiliary losses and the like), averaged over layers and, by
+        targets, over micro-batches. Everything stays on the device: nobody waits for a number that is not logged.
+        """
         settings = self.spec.train
         self.model.train()
         batches = list(self._micro_batches())
         n_targets = sum(batch.n_targets for batch in batches)
-        losses = []
+        losses: list[Tensor] = []
+        counted: dict[str, Tensor] = {}
         for batch in batches:
             context = self._context(batch, n_targets)
             with self._autocast():
                 loss = self.objective(self.model, batch, context)
             (loss / n_targets).backward()
             losses.append(loss.detach())
+            if collect:
+                for name, value in self._counters().items():
+                    counted[name] = counted.get(name, 0) + value * (batch.n_targets / n_targets)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = settings.max_grad_norm if settings.max_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -212,7 +223,8 @@ class Trainer:
             sequences=self.progress.sequences + self.sequences_per_step,
             tokens=self.progress.tokens + self.spec.global_batch_tokens,
         )
-        return torch.stack(losses).sum() / n_targets, norm, self.optimizer.param_groups[0]["lr"]
+        loss = torch.stack(losses).sum() / n_targets
+        return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, **counted}
 
     def _micro_batches(self) -> Iterator[Batch]:
         size = self.spec.train.micro_batch_size
@@ -250,16 +262,10 @@ class Trainer:
         bytes_per_token = self.validation_set.n_bytes / len(self.validation_set)
         return {"val_loss": loss_per_token, "val_bits_per_byte": loss_per_token / NATS_PER_BIT / bytes_per_token}
 
-    def _log(self, log: MetricsLog, loss: Tensor, norm: Tensor, lr: float, evaluate: bool) -> None:
+    def _log(self, log: MetricsLog, told: dict[str, Tensor | float], evaluate: bool) -> None:
         progress = self.progress
-        row = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": loss.item(),
-            "lr": lr,
-            "grad_norm": norm.item(),
-        }
-        row.update(self._counters())
+        row: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        row.update({name: float(value) for name, value in told.items()})
         now = time.monotonic()
         row["tokens_per_second"] = (progress.tokens - self._clock_tokens) / max(1e-9, now - self._clock)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -278,16 +284,13 @@ class Trainer:
             callback.on_log(self, row)
         self._clock, self._clock_tokens = time.monotonic(), progress.tokens
 
-    def _counters(self) -> dict[str, float]:
-        """Scalar counters of the last micro-batch, averaged over layers: auxiliary losses and the like."""
+    def _counters(self) -> dict[str, Tensor]:
+        """Scalar counters of the last forward, averaged over layers."""
         found: dict[str, list[Tensor]] = {}
         for _, name, value in counters(self.model):
             if value.ndim == 0:
                 found.setdefault(name, []).append(value)
-        if not found:
-            return {}
-        means = torch.stack([torch.stack(values).mean() for values in found.values()]).tolist()
-        return dict(zip(found, means, strict=True))
+        return {name: torch.stack(values).mean() for name, values in found.items()}
 
     def _save(self) -> None:
         folder = checkpoint.save(self.run, self.spec, self.model, self.optimizer, self.progress, self.data_identity)

@@ -348,6 +348,16 @@ def test_a_ready_file_gives_its_ids_uncut_and_without_extras(tmp_path: Path) -> 
     assert again.fingerprint == tokenizer.fingerprint and again.encode("a b").tolist() == raw().encode("a b").ids
 
 
+def test_another_end_of_text_is_another_tokenizer(tmp_path: Path) -> None:
+    path = ready(tmp_path / "ready.json")
+    prints = set()
+    for eos_token in (EOS, "</s>"):
+        tokenizer = new_bpe(path=path, eos_token=eos_token)
+        tokenizer.fit([])
+        prints.add(tokenizer.fingerprint)
+    assert len(prints) == 2
+
+
 def test_a_ready_file_leaves_nothing_to_chance(tmp_path: Path) -> None:
     model = {**json.loads(raw().to_str())["model"], "dropout": 0.9}
     tokenizer = new_bpe(path=ready(tmp_path / "ready.json", model=model))
