@@ -197,7 +197,7 @@ class Trainer:
         settings = self.spec.train
         self.model.train()
         batches = list(self._micro_batches())
-        n_targets = sum(batch.n_targets for batch in batches)
+        n_targets = max(1, sum(batch.n_targets for batch in batches))  # a document mask can leave none
         losses: list[Tensor] = []
         counted: dict[str, Tensor] = {}
         for batch in batches:
@@ -258,7 +258,7 @@ class Trainer:
             total += loss.double().cpu()
             n_targets += batch.n_targets
         self.model.train()
-        loss_per_token = total.item() / n_targets
+        loss_per_token = total.item() / max(1, n_targets)
         bytes_per_token = self.validation_set.n_bytes / len(self.validation_set)
         return {"val_loss": loss_per_token, "val_bits_per_byte": loss_per_token / NATS_PER_BIT / bytes_per_token}
 
