@@ -119,19 +119,24 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     if not equals or not all(path):
         raise SpecError([f"--set {text}: expected path=value, such as train.optimizer.lr=3e-4"])
     over = _typed_value(value, type_at(RunSpec, path, raw))
-    return _lay(raw, path, over)
+    try:
+        laid: dict[str, Any] = _lay(raw, path, over)
+    except IndexError as error:
+        raise SpecError([f"--set {text}: {error}"]) from None
+    return laid
 
 
 def _lay(raw: Any, path: Sequence[str], value: Any) -> Any:
     if not path:
         return merge(raw, value)
     head, rest = path[0], path[1:]
-    if isinstance(raw, list) and head.lstrip("-").isdigit() and -len(raw) <= int(head) < len(raw):
+    if isinstance(raw, list):
+        if not (head.lstrip("-").isdigit() and -len(raw) <= int(head) < len(raw)):
+            raise IndexError(f"there is no item {head} in a list of {len(raw)}")
         index = int(head) % len(raw)
         return [_lay(item, rest, value) if i == index else item for i, item in enumerate(raw)]
-    below = raw.get(head) if isinstance(raw, dict) else None
-    if rest and isinstance(below, list):
-        return merge(raw, {head: _lay(below, rest, value)})
+    if rest and isinstance(raw, dict) and isinstance(raw.get(head), (dict, list)):
+        return {**raw, head: _lay(raw[head], rest, value)}
     over: Any = value
     for part in reversed(path):
         over = {part: over}

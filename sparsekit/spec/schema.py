@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsekit.errors import PluginError, SparsekitError
+from sparsekit.errors import SparsekitError
 from sparsekit.registry import KINDS, registry
 from sparsekit.spec.model import BlockSpec, ModelSpec, Partial
 from sparsekit.spec.run import RunSpec
@@ -58,9 +58,12 @@ def _kind_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
     short: list[str] = []
     for name in registry(kind).names():
         try:
-            body = _collect(registry(kind).get(name).Params, definitions)
-        except (PluginError, SparsekitError):
+            params = getattr(registry(kind).get(name), "Params", None)
+        except SparsekitError:
             continue  # a plug-in that cannot be imported costs only its own names
+        if not (isinstance(params, type) and issubclass(params, Params)):
+            continue
+        body = _collect(params, definitions)
         if not body.get("required"):
             short.append(name)
         body["properties"] = {"type": {"const": name}, **body.get("properties", {})}

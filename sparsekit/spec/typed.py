@@ -96,6 +96,6 @@ def _item_type(annotation: Any) -> Any:
 def _item(raw: Any, part: str) -> Any:
     if isinstance(raw, dict):
         return raw.get(part)
-    if isinstance(raw, list) and part.isdigit() and int(part) < len(raw):
+    if isinstance(raw, list) and part.lstrip("-").isdigit() and -len(raw) <= int(part) < len(raw):
         return raw[int(part)]
     return None
