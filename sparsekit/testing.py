@@ -99,5 +99,5 @@ def _filled(subject: Subject) -> dict[str, Any]:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return "; ".join(": ".join([".".join(map(str, e["loc"])), e["msg"]]).lstrip(": ") for e in error.errors())
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

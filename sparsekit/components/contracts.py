@@ -44,6 +44,7 @@ class ForwardContext:
 
     Attributes:
         positions_BT: position of each token, or None for 0 .. T-1.
+        ids_BT: the token ids, for components that depend on them and not only on the stream.
         documents_BT: document of each token; attention stays within one. None where all is one document.
         prepared: what is worked out once a forward and shared by layers (masks), by key.
         cache: keys and values of earlier positions, when generating.
@@ -53,6 +54,7 @@ class ForwardContext:
     """
 
     positions_BT: Tensor | None = None
+    ids_BT: Tensor | None = None
     documents_BT: Tensor | None = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     cache: Cache | None = None
@@ -137,6 +139,12 @@ class Component(nn.Module):
         """Overwrites a counter with this forward's value; safe under compilation and recomputation."""
         with torch.no_grad():
             getattr(self, name).copy_(value)
+
+    def after_step(self, counted: Mapping[str, Tensor]) -> None:
+        """Called in training after an update, with this component's counters averaged over the step's micro-batches.
+
+        For state that moves by rule and not by gradient, such as a router's balancing bias.
+        """
 
     def active_parameters(self) -> int:
         """Parameters that one token passes through."""

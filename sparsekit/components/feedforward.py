@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from sparsekit.components.activations import GELU, ReLU, SiLU
 from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext
+from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
 
@@ -95,3 +97,42 @@ class ReGLU(GatedBase):
     """
 
     fixed_activation = ReLU
+
+
+class DReLU(GatedBase):
+    """FFN(x) = W_down (relu(W_gate x) * relu(W_up x)), relu on both branches.
+
+    Source: Song et al. 2024, arXiv 2406.05955, eq. 1
+    """
+
+    fixed_activation = ReLU
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        hidden = self.activation(self.gate(x_BTD, context)) * self.activation(self.up(x_BTD, context))
+        return self.down(hidden, context)
+
+
+class TopKFeedForward(FeedForward):
+    """FFN(x) = W_down TopK_k(relu(W_up x)): of each token's neurons the k largest stay, the rest are 0.
+
+    Source: Li et al. 2022, arXiv 2210.06313, sec. 4
+    """
+
+    class Params(FeedForward.Params):
+        d_ff: PositiveInt
+        k: PositiveInt
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> None:
+        if params.k > params.d_ff:
+            raise ValueError(f"k ({params.k}) is above d_ff ({params.d_ff})")
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.up = build.linear("up", build.d_model, params.d_ff)
+        self.down = build.linear("down", params.d_ff, build.d_model)
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        hidden = self.up(x_BTD, context).relu()
+        kept, where = hidden.topk(self.params.k, dim=-1)
+        return self.down(torch.zeros_like(hidden).scatter(-1, where, kept), context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -65,19 +66,28 @@ class MoE(FeedForward):
         self.dispatch = self._grouped if one_module and params.dispatch == "grouped" else self._loop
         self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
         self.counter("load", params.n_experts)
+        self.counter("load_max")
+        self.counter("load_entropy")
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose
         routing = self.router(x_ND, context)
-        ones = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
-        load = torch.zeros(self.n_experts + 1, dtype=ones.dtype, device=ones.device)
-        self.record("load", load.index_add(0, routing.expert_M, ones)[:-1] / max(x_ND.shape[0], 1))
+        self._count(routing, x_ND.shape[0])
         y_ND = self.dispatch(x_ND, routing, context)
         if self.shared_expert is not None:
             shared_ND = self.shared_expert(x_ND, context)
             k = self.router.experts_per_token
             y_ND = shared_ND + y_ND if self.params.shared_combine == "sum" else (shared_ND + k * y_ND) / (k + 1)
         return y_ND.to(x_BTD.dtype).view_as(x_BTD)
+
+    def _count(self, routing: Routing, n_tokens: int) -> None:
+        """Tokens an expert over all tokens; the largest over the mean; entropy of the shares over log E."""
+        ones_M = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
+        load_E = ones_M.new_zeros(self.n_experts + 1).index_add(0, routing.expert_M, ones_M)[:-1] / n_tokens
+        share_E = load_E / load_E.sum().clamp(min=1e-9)
+        self.record("load", load_E)
+        self.record("load_max", share_E.max() * self.n_experts)
+        self.record("load_entropy", -torch.special.xlogy(share_E, share_E).sum() / math.log(max(2, self.n_experts)))
 
     def _grouped(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """Sorted by expert, the tokens of one expert are consecutive rows, and all experts run at once."""

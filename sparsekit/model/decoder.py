@@ -74,7 +74,7 @@ class Decoder(nn.Module):
             found = layer.attention.prepare(ids_BT.shape[1], ids_BT.device, context)
             if found is not None:
                 prepared.setdefault(*found)
-        return replace(context, prepared=prepared)
+        return replace(context, ids_BT=ids_BT, prepared=prepared)
 
     def active_parameters(self) -> int:
         """Parameters that one token passes through; the embedding table counts whole."""

@@ -124,6 +124,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = build_model(spec.model, seed=settings.seed, device=self.device)
         _demand_causal(self.model, spec.model.allow_leak)
+        components = [module for module in self.model.modules() if isinstance(module, Component)]
+        self.moved_by_rule = [m for m in components if type(m).after_step is not Component.after_step]
         if settings.compile:
             for layer in self.model.layers:
                 layer.compile()
@@ -200,15 +202,20 @@ class Trainer:
         n_targets = max(1, sum(batch.n_targets for batch in batches))  # a document mask can leave none
         losses: list[Tensor] = []
         counted: dict[str, Tensor] = {}
+        by_rule: dict[Component, dict[str, Tensor]] = {module: {} for module in self.moved_by_rule}
         for batch in batches:
             context = self._context(batch, n_targets)
             with self._autocast():
                 loss = self.objective(self.model, batch, context)
             (loss / n_targets).backward()
             losses.append(loss.detach())
+            share = batch.n_targets / n_targets
             if collect:
                 for name, value in self._counters().items():
-                    counted[name] = counted.get(name, 0) + value * (batch.n_targets / n_targets)
+                    counted[name] = counted.get(name, 0) + value * share
+            for module, sums in by_rule.items():
+                for name in module.counters:
+                    sums[name] = sums.get(name, 0) + getattr(module, name) * share
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         limit = settings.max_grad_norm if settings.max_grad_norm is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
@@ -217,6 +224,8 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for module, sums in by_rule.items():
+            module.after_step(sums)
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
