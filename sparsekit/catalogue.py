@@ -24,8 +24,18 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Multi-query attention: one key-value head for all query heads.",
             "Shazeer 2019, arXiv 1911.02150",
         ),
+        "mla": (
+            "sparsekit.components.attention:MultiHeadLatent",
+            "Multi-head latent attention: keys and values come from one low-rank vector c = n(W_dkv x) a token.",
+            "DeepSeek-AI 2024, arXiv 2405.04434, eq. 9-19",
+        ),
     },
     "kernel": {
+        "auto": (
+            "sparsekit.components.kernels:Auto",
+            "The fastest kernel that can do what is asked: varlen for documents on a GPU, else sdpa, flex or eager.",
+            "sparsekit",
+        ),
         "sdpa": (
             "sparsekit.components.kernels:SDPA",
             "torch's scaled_dot_product_attention, which picks the fastest backend of the device.",
@@ -36,17 +46,71 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "The formula written out, scores and probabilities whole: the reference that every kernel is held against.",
             "Vaswani et al. 2017, arXiv 1706.03762, eq. 1",
         ),
+        "flex": (
+            "sparsekit.components.kernels:Flex",
+            "torch's flex_attention: masks and score changes compiled into one kernel, hidden blocks skipped.",
+            "Dong et al. 2024, arXiv 2412.05496",
+        ),
+        "varlen": (
+            "sparsekit.components.kernels:Varlen",
+            "torch's varlen_attn: flash attention over packed documents, without a mask of queries by keys.",
+            "Dao 2023, arXiv 2307.08691",
+        ),
+    },
+    "normalizer": {
+        "softmax": (
+            "sparsekit.components.normalizers:Softmax",
+            "p = exp(z) / sum exp(z), which every kernel can do.",
+            "Vaswani et al. 2017, arXiv 1706.03762, eq. 1",
+        ),
+        "sparsemax": (
+            "sparsekit.components.normalizers:Sparsemax",
+            "p = argmin over the simplex of ||p - z||^2, so p = max(0, z - tau).",
+            "Martins & Astudillo 2016, arXiv 1602.02068, eq. 2",
+        ),
+        "entmax15": (
+            "sparsekit.components.normalizers:Entmax15",
+            "p = max(0, z/2 - tau)^2, the 1.5-entmax, between softmax and sparsemax.",
+            "Peters, Niculae & Martins 2019, arXiv 1905.05702, eq. 9",
+        ),
     },
     "position": {
         "rope": (
             "sparsekit.components.positions:RoPE",
-            "Rotates query and key by their position: pair (i, i + K/2) turns by position * theta^(-2i/K).",
-            "Su et al. 2021, arXiv 2104.09864, eq. 34",
+            "Rotates query and key by their position: pair (i, i + R/2) of R channels turns by position * theta^(-2i/R).",
+            "Su et al. 2021, arXiv 2104.09864, eq. 34; partial: Black et al. 2022, arXiv 2204.06745",
+        ),
+        "alibi": (
+            "sparsekit.components.positions:ALiBi",
+            "Adds slope_h (key position - query position) to the scores of head h, slopes 2^(-8 h / H) for h = 1 .. H.",
+            "Press, Smith & Lewis 2021, arXiv 2108.12409, sec. 3",
+        ),
+        "learned": (
+            "sparsekit.components.positions:Learned",
+            "Adds a learned vector for each position and head to query and key, in every layer.",
+            "Press, Smith & Lewis 2020, arXiv 2012.15832, sec. 4.1 (position-infused attention)",
         ),
         "none": (
             "sparsekit.components.positions:NoPosition",
             "Leaves query and key as they are; causality alone tells order.",
             "Kazemnejad et al. 2023, arXiv 2305.19466",
+        ),
+    },
+    "rope_scaling": {
+        "linear": (
+            "sparsekit.components.rope_scalings:Linear",
+            "Every frequency divided by factor: positions are squeezed into the trained range.",
+            "Chen et al. 2023, arXiv 2306.15595, eq. 4",
+        ),
+        "ntk": (
+            "sparsekit.components.rope_scalings:NTK",
+            "theta becomes theta * factor^(R/(R-2)), R the channels that turn: the slowest pair is divided by factor.",
+            "Peng et al. 2023, arXiv 2309.00071, def. 1 (NTK-aware interpolation)",
+        ),
+        "yarn": (
+            "sparsekit.components.rope_scalings:YaRN",
+            "Pairs that turn often in the trained length stay, those that hardly do are divided by factor, the rest is mixed.",
+            "Peng et al. 2023, arXiv 2309.00071, def. 3 and eq. 22",
         ),
     },
     "ffn": {
@@ -75,6 +139,16 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "FFN(x) = W_down (relu(W_gate x) * W_up x).",
             "Shazeer 2020, arXiv 2002.05202, eq. 6",
         ),
+        "drelu": (
+            "sparsekit.components.feedforward:DReLU",
+            "FFN(x) = W_down (relu(W_gate x) * relu(W_up x)), relu on both branches.",
+            "Song et al. 2024, arXiv 2406.05955, eq. 1",
+        ),
+        "top_k_ffn": (
+            "sparsekit.components.feedforward:TopKFeedForward",
+            "FFN(x) = W_down TopK_k(relu(W_up x)): of each token's neurons the k largest stay, the rest are 0.",
+            "Li et al. 2022, arXiv 2210.06313, sec. 4",
+        ),
         "moe": (
             "sparsekit.components.moe:MoE",
             "y_t = sum over the assignments (t, e, w) of w FFN_e(x_t), plus a shared expert that every token visits.",
@@ -87,22 +161,72 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "max(0, x).",
             "Nair & Hinton 2010, ICML",
         ),
+        "relu2": (
+            "sparsekit.components.activations:ReLU2",
+            "max(0, x)^2.",
+            "So et al. 2021, arXiv 2109.08668; sparsity: Zhang et al. 2024, arXiv 2402.03804",
+        ),
         "gelu": (
             "sparsekit.components.activations:GELU",
             "x Phi(x), Phi the standard normal distribution function.",
             "Hendrycks & Gimpel 2016, arXiv 1606.08415, eq. 1",
+        ),
+        "gelu_tanh": (
+            "sparsekit.components.activations:GELUTanh",
+            "0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the tanh approximation of GELU.",
+            "Hendrycks & Gimpel 2016, arXiv 1606.08415, sec. 2",
         ),
         "silu": (
             "sparsekit.components.activations:SiLU",
             "x sigmoid(x).",
             "Elfwing, Uchibe & Doya 2017, arXiv 1702.03118, eq. 3",
         ),
+        "shifted_relu": (
+            "sparsekit.components.activations:ShiftedReLU",
+            "max(0, x - shift).",
+            "Mirzadeh et al. 2023, arXiv 2310.04564, sec. 5.3",
+        ),
+        "fat_relu": (
+            "sparsekit.components.activations:FATReLU",
+            "x where x > threshold, else 0.",
+            "Kurtz et al. 2020, ICML (Inducing and exploiting activation sparsity); Song et al. 2024, arXiv 2402.13516",
+        ),
+        "clipped_relu": (
+            "sparsekit.components.activations:ClippedReLU",
+            "min(max(0, x - shift), limit).",
+            "Price et al. 2024, arXiv 2402.16184, eq. 3",
+        ),
     },
     "router": {
         "top_k": (
             "sparsekit.components.routers:TopK",
             "The k experts of highest score, s = softmax(W x) or sigmoid(W x), weighted by s (renormalised on request).",
-            "Shazeer et al. 2017, arXiv 1701.06538; losses: arXiv 2101.03961, eq. 4, and 2202.08906, eq. 5",
+            "Shazeer et al. 2017, arXiv 1701.06538; losses: arXiv 2101.03961, eq. 4, and 2202.08906, eq. 5; groups and bias: DeepSeek-AI 2024, arXiv 2412.19437, sec. 2.1.2",
+        ),
+        "noisy_top_k": (
+            "sparsekit.components.routers:NoisyTopK",
+            "softmax over the k largest of h = W x + noise, noise ~ N(0, softplus(W_noise x)^2) in training.",
+            "Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 and 8-11",
+        ),
+        "switch": (
+            "sparsekit.components.routers:Switch",
+            "The expert of highest probability; an expert takes its first ceil(capacity_factor N / E) tokens, in their order.",
+            "Fedus, Zoph & Shazeer 2021, arXiv 2101.03961, eq. 1-6",
+        ),
+        "expert_choice": (
+            "sparsekit.components.routers:ExpertChoice",
+            "Each expert takes the ceil(capacity_factor N / E) tokens that score it highest, s = softmax(W x), weighted by s.",
+            "Zhou et al. 2022, arXiv 2202.09368, eq. 1-2",
+        ),
+        "top_p": (
+            "sparsekit.components.routers:TopP",
+            "The fewest experts, likeliest first, whose softmax probabilities reach p together; weighted by them as they are.",
+            "Yang et al. 2024, arXiv 2403.18926, eq. 5-6; Huang et al. 2024, arXiv 2403.07652, eq. 3",
+        ),
+        "hash": (
+            "sparsekit.components.routers:Hash",
+            "Experts fixed by a hash of the token's id: k of them, weighted 1/k; nothing is learned.",
+            "Roller et al. 2021, arXiv 2106.04426, sec. 3",
         ),
     },
     "norm": {
@@ -116,6 +240,11 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, the variance biased.",
             "Ba, Kiros & Hinton 2016, arXiv 1607.06450, eq. 4",
         ),
+        "dynamic_tanh": (
+            "sparsekit.components.norms:DynamicTanh",
+            "y = weight tanh(alpha x) + bias, with one learned alpha: no statistics at all.",
+            "Zhu et al. 2025, arXiv 2503.10622, eq. 2",
+        ),
         "none": (
             "sparsekit.components.norms:NoNorm",
             "y = x, for ablations.",
@@ -125,13 +254,43 @@ BUILT_IN: dict[str, dict[str, Line]] = {
     "residual": {
         "pre_norm": (
             "sparsekit.components.residuals:PreNorm",
-            "h = x + scale attention(norm(x)); y = h + scale ffn(norm(h)).",
+            "h = x + s A(n(x)); y = h + s F(n(h)).",
             "Xiong et al. 2020, arXiv 2002.04745, table 1; scale: Hu et al. 2024, arXiv 2404.06395",
         ),
         "post_norm": (
             "sparsekit.components.residuals:PostNorm",
-            "h = norm(x + scale attention(x)); y = norm(h + scale ffn(h)).",
+            "h = n(x + s A(x)); y = n(h + s F(h)).",
             "Vaswani et al. 2017, arXiv 1706.03762, sec. 3.1",
+        ),
+        "peri_norm": (
+            "sparsekit.components.residuals:PeriNorm",
+            "h = x + s n'(A(n(x))); y = h + s n'(F(n(h))): a norm before and another after each branch.",
+            "Kim et al. 2025, arXiv 2502.02732, eq. 4",
+        ),
+        "output_norm": (
+            "sparsekit.components.residuals:OutputNorm",
+            "h = x + s n(A(x)); y = h + s n(F(h)): the norm on a branch's output, inside the residual.",
+            "OLMo 2 2025, arXiv 2501.00656, eq. 1 and 2",
+        ),
+        "parallel": (
+            "sparsekit.components.residuals:Parallel",
+            "y = x + s (A(n(x)) + F(n(x))), both sub-layers reading the same normalised stream.",
+            "Wang & Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022, arXiv 2204.02311, sec. 2",
+        ),
+        "layernorm_scaling": (
+            "sparsekit.components.residuals:LayerNormScaling",
+            "h = x + s A(n(x) / sqrt(l)); y = h + s F(n(h) / sqrt(l)), which keeps the variance from growing over depth.",
+            "Sun et al. 2025, arXiv 2502.05795, eq. 9",
+        ),
+        "mix_ln": (
+            "sparsekit.components.residuals:MixLN",
+            "post_norm in the first ``share`` of the layers, pre_norm in the rest.",
+            "Li, Yin & Liu 2024, arXiv 2412.13795, eq. 5",
+        ),
+        "deep_norm": (
+            "sparsekit.components.residuals:DeepNorm",
+            "h = n(a x + s A(x)); y = n(a h + s F(h)), with a = (2L)^(1/4); pair it with the init deep_norm.",
+            "Wang et al. 2022, arXiv 2203.00555, fig. 2 (decoder-only)",
         ),
     },
     "linear": {
@@ -140,12 +299,22 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "y = x W^T + b, a dense projection.",
             "",
         ),
+        "masked": (
+            "sparsekit.components.linears:MaskedLinear",
+            "y = x (M * W)^T + b, M a fixed random mask that keeps a share 1 - sparsity of each matrix's weights.",
+            "Liu et al. 2022, arXiv 2202.02643 (random pruning, uniform layer ratio)",
+        ),
     },
     "embedding": {
         "token": (
             "sparsekit.components.embeddings:TokenEmbedding",
             "x = scale * table[id].",
             "Vaswani et al. 2017, arXiv 1706.03762, sec. 3.4",
+        ),
+        "token_and_position": (
+            "sparsekit.components.embeddings:TokenAndPositionEmbedding",
+            "x = scale * table[id] + positions[t], a learned vector for each position, as in GPT-2.",
+            "Radford et al. 2018, Improving Language Understanding by Generative Pre-Training, eq. 2",
         ),
     },
     "init": {
@@ -154,10 +323,30 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Every weight from N(0, std^2).",
             "Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
         ),
+        "trunc_normal": (
+            "sparsekit.components.inits:TruncNormal",
+            "Every weight from N(0, std^2), cut off at ``cutoff`` standard deviations.",
+            "OLMo 2024, arXiv 2402.00838, sec. 3.2",
+        ),
         "depth_scaled": (
             "sparsekit.components.inits:DepthScaled",
             "N(0, std^2), but N(0, std^2 / 2L) for what writes to the residual stream (o and down), L the layers.",
             "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, sec. 2.3",
+        ),
+        "zero_out": (
+            "sparsekit.components.inits:ZeroOut",
+            "N(0, std^2), but 0 for what writes to the residual stream (o and down): every layer begins as the identity.",
+            "Zhang, Dauphin & Ma 2019, arXiv 1901.09321, sec. 3",
+        ),
+        "deep_norm": (
+            "sparsekit.components.inits:DeepNormInit",
+            "N(0, std^2), times (8L)^(-1/4) for v, o and the feed-forward: what the residual scheme deep_norm asks for.",
+            "Wang et al. 2022, arXiv 2203.00555, fig. 2 (decoder-only)",
+        ),
+        "mup": (
+            "sparsekit.components.inits:MuP",
+            "N(0, std^2) at fan-in base_width; matrices scale by sqrt(base_width / fan_in), the head by base_width / fan_in.",
+            "Yang et al. 2022, arXiv 2203.03466, table 8",
         ),
     },
     "objective": {

@@ -22,8 +22,9 @@ from sparsekit.catalogue import BUILT_IN
 from sparsekit.errors import PluginError, UnknownNameError, did_you_mean
 
 KINDS = (
-    "attention", "kernel", "position", "ffn", "activation", "router", "norm", "residual", "linear", "embedding",
-    "init", "objective", "optimizer", "schedule", "callback", "source", "tokenizer", "probe", "sparsifier",
+    "attention", "kernel", "normalizer", "position", "rope_scaling", "ffn", "activation", "router", "norm",
+    "residual", "linear", "embedding", "init", "objective", "optimizer", "schedule", "callback", "source",
+    "tokenizer", "probe", "sparsifier",
 )  # fmt: skip
 OURSELVES = "sparsekit"
 T = TypeVar("T", bound=type)

@@ -2,30 +2,106 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import PositiveInt
-from torch import Tensor
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
 from sparsekit.components.contracts import Attention, Build, ForwardContext
-from sparsekit.components.kernels import MaskRule
+from sparsekit.components.kernels import Extras, Rule
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
 
-class HeadAttention(Attention):
-    """o(attend(q, k, v)) for any number of key-value heads; the entries below only say how many."""
+class KernelAttention(Attention):
+    """What every attention does around its heads: masks, score changes, the kernel, the output projection.
+
+    A query sees itself and ``window`` - 1 keys before it, and the first ``sinks`` keys always. ``softcap`` c turns a
+    score s into c tanh(s / c). ``sink_logits`` adds a learned logit a head to the softmax's sum, for attention to
+    nothing. ``output_gate`` multiplies the heads' output by sigmoid(W_gate x). ``normalizer`` stands for the softmax.
+    """
 
     caches = True
 
     class Params(Attention.Params):
         n_heads: PositiveInt
-        head_dim: PositiveInt | None = None
         position: Annotated[Choice, Slot("position")] = pick("rope")
         kernel: Annotated[Choice, Slot("kernel")] = pick("sdpa")
-        qk_norm: Annotated[Choice, Slot("norm")] | None = None
+        normalizer: Annotated[Choice, Slot("normalizer")] = pick("softmax")
         window: PositiveInt | None = None
+        sinks: NonNegativeInt = 0
+        softcap: PositiveFloat | None = None
+        sink_logits: bool = False
+        output_gate: bool = False
+
+    @classmethod
+    def rule(cls, params: Any) -> Rule:
+        """What is asked of the kernel."""
+        asked = {
+            "window": params.window is not None,
+            "sinks": params.sinks > 0,
+            "softcap": params.softcap is not None,
+            "sink_logits": params.sink_logits,
+            "alibi": params.position.type == "alibi",
+            "normalizer": params.normalizer.type != "softmax",
+        }
+        features = frozenset(name for name, wanted in asked.items() if wanted)
+        return Rule(params.window, params.sinks, params.softcap, features)
+
+    @classmethod
+    def check_around(cls, params: Any, facts: Facts, **position_facts: Any) -> None:
+        """Checks the slots that all attentions share."""
+        if params.sinks and params.window is None:
+            raise ValueError(f"sinks ({params.sinks}) are keys that a window would hide; give a window")
+        facts.child(params.position, n_heads=params.n_heads, **position_facts)
+        facts.child(params.kernel, rule=cls.rule(params))
+        facts.child(params.normalizer)
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.layer_index = build.layer_index
+        self.n_heads: int = params.n_heads
+        self.kernel = build.child(params.kernel)
+        softmax = params.normalizer.type == "softmax"
+        self.normalizer: nn.Module | None = None if softmax else build.child(params.normalizer)
+        self.asked = self.rule(params)
+        self.mask_key = self.asked.key(params.kernel.type)
+        self.sink_H = nn.Parameter(torch.empty(self.n_heads)) if params.sink_logits else None
+
+    def reset_parameters(self) -> None:
+        if self.sink_H is not None:
+            nn.init.zeros_(self.sink_H)
+
+    def prepare(self, seq_len: int, device: torch.device, context: ForwardContext) -> tuple[str, Any]:
+        return self.mask_key, self.kernel.prepare(self.asked, seq_len, device, context)
+
+    def attend(
+        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, context: ForwardContext, slopes_H: Tensor | None
+    ) -> Tensor:
+        """Heads' contexts side by side, [batch, seq, heads * value dim]."""
+        if context.cache is not None:
+            k_BGTK, v_BGTV = context.cache.extend(self.layer_index, k_BGTK, v_BGTV)
+        if self.mask_key in context.prepared:
+            mask = context.prepared[self.mask_key]
+        else:
+            mask = self.prepare(q_BHTK.shape[2], q_BHTK.device, replace(context, dtype=q_BHTK.dtype))[1]
+        extras = Extras(q_BHTK.shape[-1] ** -0.5, self.params.softcap, slopes_H, self.sink_H, self.normalizer)
+        z_BHTV = self.kernel(q_BHTK, k_BGTK, v_BGTV, mask, self.asked, extras)
+        return z_BHTV.transpose(1, 2).flatten(2)
+
+    def reach(self, seq_len: int) -> int:
+        """Keys whose scores count for a query: all, even hidden ones, as the eager kernel has it; fewer in a window."""
+        return min(seq_len, (self.params.window or seq_len) + self.params.sinks)
+
+
+class HeadAttention(KernelAttention):
+    """o(attend(q, k, v)) for any number of key-value heads; the entries below only say how many."""
+
+    class Params(KernelAttention.Params):
+        head_dim: PositiveInt | None = None
+        qk_norm: Annotated[Choice, Slot("norm")] | None = None
         bias: bool = False
 
     @staticmethod
@@ -45,57 +121,42 @@ class HeadAttention(Attention):
                 f"change n_heads, or give head_dim"
             )
         head_dim = cls.width(params, facts.d_model)
-        facts.child(params.position, head_dim=head_dim)
-        facts.child(params.kernel)
+        cls.check_around(params, facts, head_dim=head_dim, n_kv_heads=cls.kv_heads(params))
         if params.qk_norm is not None:
             facts.child(params.qk_norm, width=head_dim)
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
-        self.layer_index = build.layer_index
-        self.n_heads, self.n_kv_heads = params.n_heads, self.kv_heads(params)
+        self.n_kv_heads = self.kv_heads(params)
         self.head_dim = self.width(params, build.d_model)
         d_query, d_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.q = build.linear("q", build.d_model, d_query, params.bias)
         self.k = build.linear("k", build.d_model, d_kv, params.bias)
         self.v = build.linear("v", build.d_model, d_kv, params.bias)
         self.o = build.linear("o", d_query, build.d_model, params.bias)
-        self.position = build.child(params.position, head_dim=self.head_dim)
-        self.kernel = build.child(params.kernel)
+        self.gate = build.linear("gate", build.d_model, d_query) if params.output_gate else None
+        heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads}
+        self.position = build.child(params.position, head_dim=self.head_dim, **heads)
         self.q_norm = self.k_norm = None
         if params.qk_norm is not None:
             self.q_norm = build.child(params.qk_norm, width=self.head_dim)
             self.k_norm = build.child(params.qk_norm, width=self.head_dim)
-        self.rule = MaskRule(params.window)
-        self.mask_key = self.rule.key(params.kernel.type)
-
-    def prepare(self, seq_len: int, device: torch.device, context: ForwardContext) -> tuple[str, Any]:
-        return self.mask_key, self.kernel.prepare(self.rule, seq_len, device, context)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        n_batch, n_queries, _ = x_BTD.shape
-
-        def heads(x: Tensor) -> Tensor:
-            return x.view(n_batch, n_queries, -1, self.head_dim)
-
-        q_BTHK, k_BTGK, v_BTGK = (heads(linear(x_BTD, context)) for linear in (self.q, self.k, self.v))
+        q_BTHK, k_BTGK, v_BTGK = (
+            linear(x_BTD, context).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         q, k = self.position(q, k, context)
-        if context.cache is not None:
-            k, v = context.cache.extend(self.layer_index, k, v)
-        if self.mask_key in context.prepared:
-            mask = context.prepared[self.mask_key]
-        else:
-            mask = self.kernel.prepare(self.rule, n_queries, x_BTD.device, context)
-        z_BHTK = self.kernel(q, k, v, mask, self.head_dim**-0.5)
-        return self.o(z_BHTK.transpose(1, 2).reshape(n_batch, n_queries, -1), context)
+        z_BTE = self.attend(q, k, v, context, getattr(self.position, "slopes_H", None))
+        if self.gate is not None:
+            z_BTE = z_BTE * torch.sigmoid(self.gate(x_BTD, context))
+        return self.o(z_BTE, context)
 
     def flops_per_token(self, seq_len: int) -> float:
-        # scores and their product with v, over all keys in reach: the eager kernel masks but does not skip
-        reach = min(seq_len, self.rule.window or seq_len)
-        return super().flops_per_token(seq_len) + 4.0 * reach * self.n_heads * self.head_dim
+        return super().flops_per_token(seq_len) + 4.0 * self.reach(seq_len) * self.n_heads * self.head_dim
 
     def cache_bytes_per_token(self, element_size: int) -> int:
         return 2 * self.n_kv_heads * self.head_dim * element_size
@@ -141,3 +202,81 @@ class MultiQuery(HeadAttention):
     @staticmethod
     def kv_heads(params: Any) -> int:
         return 1
+
+
+class MultiHeadLatent(KernelAttention):
+    """Multi-head latent attention: keys and values come from one low-rank vector c = n(W_dkv x) a token.
+
+    Head h has query [q_h; rope(q'_h)] and key [k_h; rope(k')], where k_h and v_h are projections of c, q_h and q'_h of
+    n(W_dq x) (of x where ``q_rank`` is null), and k' of x is shared by all heads. n is ``latent_norm``.
+
+    Source: DeepSeek-AI 2024, arXiv 2405.04434, eq. 9-19
+    """
+
+    class Params(KernelAttention.Params):
+        kv_rank: PositiveInt
+        q_rank: PositiveInt | None = None
+        head_dim: PositiveInt | None = None
+        rope_head_dim: PositiveInt = 16
+        v_head_dim: PositiveInt | None = None
+        latent_norm: Annotated[Choice, Slot("norm")] = pick("rmsnorm")
+
+    @classmethod
+    def rule(cls, params: Any) -> Rule:
+        rule = super().rule(params)
+        return Rule(rule.window, rule.sinks, rule.softcap, rule.features | {"value_dim"})
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> None:
+        if params.head_dim is None and facts.d_model % params.n_heads:
+            raise ValueError(f"d_model ({facts.d_model}) is not divisible by n_heads ({params.n_heads}); give head_dim")
+        cls.check_around(params, facts, head_dim=params.rope_head_dim, n_kv_heads=1)
+        facts.child(params.latent_norm, width=params.kv_rank)
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        heads, d_model = self.n_heads, build.d_model
+        self.head_dim = int(params.head_dim or d_model // heads)
+        self.v_head_dim = int(params.v_head_dim or self.head_dim)
+        self.rope_head_dim: int = params.rope_head_dim
+        q_width = self.head_dim + self.rope_head_dim
+        self.q_down = build.linear("q", d_model, params.q_rank) if params.q_rank else None
+        self.q_norm = build.child(params.latent_norm, width=params.q_rank) if params.q_rank else None
+        self.q = build.linear("q", params.q_rank or d_model, heads * q_width)
+        self.kv_down = build.linear("k", d_model, params.kv_rank)
+        self.kv_norm = build.child(params.latent_norm, width=params.kv_rank)
+        self.k_rope = build.linear("k", d_model, self.rope_head_dim)
+        self.k = build.linear("k", params.kv_rank, heads * self.head_dim)
+        self.v = build.linear("v", params.kv_rank, heads * self.v_head_dim)
+        self.o = build.linear("o", heads * self.v_head_dim, d_model)
+        self.gate = build.linear("gate", d_model, heads * self.v_head_dim) if params.output_gate else None
+        self.position = build.child(params.position, head_dim=self.rope_head_dim, n_heads=heads, n_kv_heads=1)
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        low = x_BTD
+        if self.q_down is not None and self.q_norm is not None:
+            low = self.q_norm(self.q_down(x_BTD, context))
+        latent_BTR = self.kv_norm(self.kv_down(x_BTD, context))
+
+        def heads(x: Tensor, width: int) -> Tensor:
+            return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+        q = heads(self.q(low, context), self.head_dim + self.rope_head_dim)
+        q, q_rope = q.split([self.head_dim, self.rope_head_dim], dim=-1)
+        k = heads(self.k(latent_BTR, context), self.head_dim)
+        v = heads(self.v(latent_BTR, context), self.v_head_dim)
+        q_rope, k_rope = self.position(q_rope, heads(self.k_rope(x_BTD, context), self.rope_head_dim), context)
+        q = torch.cat((q, q_rope), dim=-1)
+        k = torch.cat((k, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)
+        z_BTE = self.attend(q, k, v, context, getattr(self.position, "slopes_H", None))
+        if self.gate is not None:
+            z_BTE = z_BTE * torch.sigmoid(self.gate(x_BTD, context))
+        return self.o(z_BTE, context)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        per_key = self.head_dim + self.rope_head_dim + self.v_head_dim
+        return super().flops_per_token(seq_len) + 2.0 * self.reach(seq_len) * self.n_heads * per_key
+
+    def cache_bytes_per_token(self, element_size: int) -> int:
+        # keys and values are cached whole, not as the latent
+        return self.n_heads * (self.head_dim + self.rope_head_dim + self.v_head_dim) * element_size

@@ -49,6 +49,7 @@ class ForwardContext:
         prepared: what is worked out once a forward and shared by layers (masks), by key.
         cache: keys and values of earlier positions, when generating.
         progress: share of training done, in [0, 1].
+        dtype: of the stream, for what is decided before a layer sees it.
         loss_scale: this micro-batch's share of the step's tokens, by which auxiliary losses scale their gradient.
         groups: inside experts, which rows belong to which.
     """
@@ -58,6 +59,7 @@ class ForwardContext:
     documents_BT: Tensor | None = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     cache: Cache | None = None
+    dtype: torch.dtype = torch.float32
     progress: Tensor | float = 0.0
     loss_scale: Tensor | float = 1.0
     groups: ExpertGroups | None = None

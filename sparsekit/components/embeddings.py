@@ -35,3 +35,22 @@ class TokenEmbedding(Embedding):
 
     def unembed(self, x_BTD: Tensor) -> Tensor:
         return F.linear(x_BTD, self.weight)
+
+
+class TokenAndPositionEmbedding(TokenEmbedding):
+    """x = scale * table[id] + positions[t], a learned vector for each position, as in GPT-2.
+
+    Source: Radford et al. 2018, Improving Language Understanding by Generative Pre-Training, eq. 2
+    """
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.positions_SD = nn.Parameter(torch.empty(build.max_seq_len, build.d_model))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.init(self.positions_SD, "embed")
+
+    def forward(self, ids_BT: Tensor, context: ForwardContext) -> Tensor:
+        places = slice(ids_BT.shape[1]) if context.positions_BT is None else context.positions_BT
+        return super().forward(ids_BT, context) + self.positions_SD[places]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from sparsekit.components.contracts import ForwardContext, Linear
+from sparsekit.components.contracts import Build, ForwardContext, Linear
 
 
 class PlainLinear(Linear):
@@ -18,6 +21,47 @@ class PlainLinear(Linear):
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         return project(x, self.effective_weight(), self.bias, context)
+
+
+class MaskedLinear(Linear):
+    """y = x (M * W)^T + b, M a fixed random mask that keeps a share 1 - sparsity of each matrix's weights.
+
+    Only projections whose role is in ``roles`` are masked; the others are plain. The mask is drawn with the weights,
+    from the model's seed, and saved with them.
+
+    Source: Liu et al. 2022, arXiv 2202.02643 (random pruning, uniform layer ratio)
+    """
+
+    class Params(Linear.Params):
+        sparsity: float = Field(default=0.5, ge=0, lt=1)
+        roles: list[str] = ["gate", "up", "down"]
+
+    mask: Tensor
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.masked = self.role in params.roles and params.sparsity > 0
+        if self.masked:
+            self.register_buffer("mask", torch.empty(self.weight.shape, dtype=torch.bool))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.masked:
+            self.mask.copy_(random_mask(self.weight.shape, self.params.sparsity, self.weight.device))
+
+    def effective_weight(self) -> Tensor:
+        return self.weight * self.mask if self.masked else self.weight
+
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        return project(x, self.effective_weight(), self.bias, context)
+
+
+def random_mask(shape: torch.Size, sparsity: float, device: torch.device) -> Tensor:
+    """True for a share 1 - sparsity of each matrix's entries, to the nearest one, drawn uniformly."""
+    flat = torch.rand(*shape[:-2], shape[-2] * shape[-1], device=device)
+    n_kept = round((1 - sparsity) * flat.shape[-1])
+    kept = flat.argsort(dim=-1)[..., :n_kept]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, kept, True).view(shape)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardContext | None) -> Tensor:

@@ -97,7 +97,7 @@ class MoE(FeedForward):
         offsets_E = torch.searchsorted(expert_sorted, experts, right=True).to(torch.int32)
         slots = max(n_rows // max(n_tokens, 1), 1)
         token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
-        y_MD = self.experts(x_ND[token_M], replace(context, groups=ExpertGroups(offsets_E)))
+        y_MD = self.experts(x_ND[token_M], self._inside(context, ExpertGroups(offsets_E)))
         if not routing.complete:  # rows of no expert hold nothing, and nothing times 0 may still be NaN
             y_MD = torch.where((expert_sorted < self.n_experts)[:, None], y_MD, 0)
         if routing.token_M is None:  # put back token by token: a gather and a sum, always in the same order
@@ -106,6 +106,11 @@ class MoE(FeedForward):
             return weighted_MD.unflatten(0, (n_tokens, slots)).sum(1)
         weighted_MD = y_MD * routing.weight_M[order_M][:, None]
         return weighted_MD.new_zeros(x_ND.shape).index_add(0, token_M, weighted_MD)
+
+    @staticmethod
+    def _inside(context: ForwardContext, groups: ExpertGroups) -> ForwardContext:
+        """The context of experts, whose rows are tokens in another order: what goes by position is left out."""
+        return replace(context, groups=groups, ids_BT=None, documents_BT=None, positions_BT=None)
 
     def _loop(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """The formula, expert by expert."""
@@ -118,7 +123,7 @@ class MoE(FeedForward):
         for index in range(self.n_experts):
             rows = (routing.expert_M == index).nonzero()[:, 0]
             expert = self.experts[index] if isinstance(self.experts, nn.ModuleList) else self.experts
-            y = expert(x_ND[token_M[rows]], replace(context, groups=ExpertGroups(expert=index)))
+            y = expert(x_ND[token_M[rows]], self._inside(context, ExpertGroups(expert=index)))
             y_ND = y_ND.index_add(0, token_M[rows], (y * routing.weight_M[rows][:, None]).to(y_ND.dtype))
         return y_ND
 

@@ -69,12 +69,13 @@ class Decoder(nn.Module):
 
     def prepare(self, ids_BT: Tensor, context: ForwardContext) -> ForwardContext:
         """The context with what layers share (masks), worked out once and not layer by layer."""
+        context = replace(context, ids_BT=ids_BT, dtype=next(self.embedding.parameters()).dtype)
         prepared: dict[str, Any] = dict(context.prepared)
         for layer in self.layers:
             found = layer.attention.prepare(ids_BT.shape[1], ids_BT.device, context)
             if found is not None:
                 prepared.setdefault(*found)
-        return replace(context, ids_BT=ids_BT, prepared=prepared)
+        return replace(context, prepared=prepared)
 
     def active_parameters(self) -> int:
         """Parameters that one token passes through; the embedding table counts whole."""

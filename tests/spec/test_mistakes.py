@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import ValidationError
 
-from sparsekit.components.contracts import FeedForward
+from sparsekit.components.contracts import FeedForward, Norm, Residual
 from sparsekit.errors import SpecError
 from sparsekit.registry import registry
 from sparsekit.spec import Choice, Params, Slot, pick
@@ -328,3 +328,32 @@ def test_choices_compare_and_hash_by_content():
     assert one != other
     assert len({one, same, other}) == 2
     assert Slot("norm").validate(one) is one
+
+
+def test_checks_are_told_what_the_parts_will_be_built_with(raw, problems):
+    """A residual scheme builds the block's norms; a head layout tells its query-key norm its width."""
+
+    @registry("residual").register("told")
+    class Told(Residual):
+        """Says what it is told."""
+
+        @classmethod
+        def check(cls, params: Any, facts: Any) -> None:
+            raise ValueError(f"{facts['norm'].type} in layer {facts.layer_index} of {facts.n_layers}")
+
+    @registry("norm").register("told")
+    class Width(Norm):
+        """Says what it is told."""
+
+        @classmethod
+        def check(cls, params: Any, facts: Any) -> None:
+            raise ValueError(f"{facts.get('width', facts.d_model)} wide")
+
+    try:
+        lines = problems(put(raw, "model.layers", {"2": {"residual": "told", "norm": "layernorm"}}))
+        assert lines == ["model.layers.2.residual: layernorm in layer 2 of 4"]
+        lines = problems(put(put(raw, "model.block.attention.qk_norm", "told"), "model.final_norm", "told"))
+        assert lines == ["model.final_norm: 32 wide", "model.block.attention.qk_norm: 8 wide"]
+    finally:
+        registry("residual").unregister("told")
+        registry("norm").unregister("told")
