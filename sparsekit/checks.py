@@ -30,6 +30,7 @@ EXAMPLES: dict[str, Any] = {
     "n_heads": 4,
     "n_kv_heads": 2,
     "head_dim": 8,
+    "kv_rank": 16,
     "k": 2,
     "p": 0.5,
     "window": 4,
@@ -62,6 +63,10 @@ class Subject:
         model: dict[str, Any] = {"d_model": WIDTH, "n_layers": 2, "vocab_size": VOCABULARY, "max_seq_len": 2 * LENGTH}
         if kind in ("kernel", "position"):
             attention[kind] = slot
+        elif kind == "normalizer":
+            attention.update(normalizer=slot, kernel="eager")
+        elif kind == "rope_scaling":
+            attention["position"] = {"type": "rope", "scaling": slot}
         elif kind == "attention":
             attention = slot
         elif kind == "ffn":
@@ -412,16 +417,28 @@ KIND_CHECKS: dict[str, tuple[Check, ...]] = {
     "attention": (documents, cache),
     "kernel": (documents, cache),
     "position": (documents, cache),
+    "normalizer": (documents, cache),
     "ffn": (token_wise, experts),
     "activation": (token_wise, experts),
     "linear": (experts,),
 }
 NEEDED = (parameters, example, meta_build, initialisation, shapes, finite)  # where one fails, later ones say nothing
 MODEL_KINDS = (
-    "attention", "kernel", "position", "ffn", "activation", "router", "norm", "residual", "linear", "embedding", "init",
+    "attention", "kernel", "normalizer", "position", "rope_scaling", "ffn", "activation", "router", "norm", "residual",
+    "linear", "embedding", "init",
 )  # fmt: skip
 
 
-def checks_of(kind: str) -> tuple[Check, ...]:
-    """Every check that a kind is held to, in order."""
-    return (*SPEC_CHECKS, *MODEL_CHECKS, *KIND_CHECKS.get(kind, ())) if kind in MODEL_KINDS else SPEC_CHECKS
+def checks_of(kind: str, cls: Any) -> tuple[Check, ...]:
+    """Every check that a component is held to, in order."""
+    if kind not in MODEL_KINDS:
+        return SPEC_CHECKS
+    if elsewhere(cls) is not None:
+        return (*SPEC_CHECKS, meta_build, initialisation)
+    return (*SPEC_CHECKS, *MODEL_CHECKS, *KIND_CHECKS.get(kind, ()))
+
+
+def elsewhere(cls: Any) -> str | None:
+    """Why a component (a kernel) cannot be trained on the CPU; then it is held to what needs no forward."""
+    refusal = getattr(cls, "refusal", None)
+    return None if refusal is None else refusal(torch.device("cpu"), torch.float32, gradients=True)

@@ -35,7 +35,9 @@ def check_component(
     *,
     compile_backend: str | None = "aot_eager",
 ) -> None:
-    """Holds one component to its contract.
+    """Holds one component to its contract, on the CPU.
+
+    A kernel whose ``refusal`` says that it cannot be trained there is held to what needs no forward.
 
     Args:
         kind: of the registry, such as "ffn".
@@ -51,7 +53,7 @@ def check_component(
         label = f"{kind} {name.removeprefix('_')!r}"
         problems: dict[str, Exception | None] = {}
         subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend)
-        for check in checks_of(kind):
+        for check in checks_of(kind, cls):
             before = len(problems)
             try:
                 if check is example:  # the one check that finds something out

@@ -362,6 +362,12 @@ def run(sublayer: Component, x: Tensor, state: State, context: ForwardContext) -
     return sublayer(x, context), state
 
 
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a matrix product of tensors of a dtype runs in: autocast's where that is on."""
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else dtype
+
+
 class _AttachLoss(torch.autograd.Function):
     """Identity on an activation, whose backward also gives a loss its gradient."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Component, ForwardContext
+from sparsekit.components.contracts import Component, ForwardContext, compute_dtype
 from sparsekit.errors import SparsekitError
 from sparsekit.registry import registry
 from sparsekit.spec.facts import Facts, check_children
@@ -108,6 +108,9 @@ class Kernel(Component):
         Raises:
             SparsekitError: the kernel cannot run on these tensors; the message names one that can.
         """
+        if q_BHTK.device.type == "meta":  # where shapes alone are worked out, one kernel stands for all
+            grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+            return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
         reason = self.refusal(q_BHTK.device, q_BHTK.dtype, q_BHTK.requires_grad)
         if reason is not None:
             raise SparsekitError(f"kernel {type(self).__name__.lower()!r} {reason}; use auto, sdpa or eager")
@@ -220,6 +223,8 @@ class Flex(Kernel):
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
+        if device.type == "meta":
+            return None
         documents = context.documents_BT
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -242,13 +247,16 @@ class Flex(Kernel):
                 score = softcap * torch.tanh(score / softcap)
             return score if slopes is None else score + slopes[h] * (key - query)
 
-        changes = softcap is not None or slopes is not None
-        out, logsumexp = _flex(q.device.type)(
-            q, k, v, score_mod=change if changes else None, block_mask=mask, scale=extras.scale,
-            enable_gqa=q.shape[1] != k.shape[1], return_lse=True,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "score_mod": change if softcap is not None or slopes is not None else None,
+            "block_mask": mask,
+            "scale": extras.scale,
+            "enable_gqa": q.shape[1] != k.shape[1],
+        }
+        flex = _flex(q.device.type)
         if extras.sink_H is None:
-            return out
+            return flex(q, k, v, **options)
+        out, logsumexp = flex(q, k, v, **options, return_lse=True)
         # sum exp(s) / (sum exp(s) + exp(sink)), by which a key more shrinks all weights
         return out * torch.sigmoid(logsumexp - extras.sink_H[None, :, None])[..., None].to(out.dtype)
 
@@ -340,10 +348,11 @@ class Auto(Kernel):
         wanted = rule.features | ({"document"} if documents else set()) | ({"cache"} if cache else set())
         order = ("varlen", "sdpa", "flex", "eager") if documents else ("sdpa", "flex", "eager")
         able = [name for name in order if wanted <= _features(name)]
-        return next(n for n in able if _class(n).refusal(device, dtype, torch.is_grad_enabled()) is None)
+        gradients = torch.is_grad_enabled()
+        return next((n for n in able if _class(n).refusal(device, dtype, gradients) is None), able[-1])
 
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else context.dtype
+        dtype = compute_dtype(device, context.dtype)
         name = self.choose(rule, device, dtype, context.documents_BT is not None, context.cache is not None)
         return name, self.kernels[name].prepare(rule, n_queries, device, context)  # type: ignore[operator]
 

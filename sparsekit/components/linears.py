@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.components.contracts import Build, ForwardContext, Linear
+from sparsekit.components.contracts import Build, ForwardContext, Linear, compute_dtype
 
 
 class PlainLinear(Linear):
@@ -80,9 +80,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardCont
     groups = context.groups
     if groups.offsets_E is None:
         return F.linear(x, weight[groups.expert], None if bias is None else bias[groups.expert])
-    if torch.is_autocast_enabled(x.device.type):  # autocast does not know the operator
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    dtype = compute_dtype(x.device, x.dtype)  # autocast itself does not know the operator
+    x, weight = x.to(dtype), weight.to(dtype)
     y: Tensor = grouped_mm(x, weight, groups.offsets_E)
     if bias is not None:
         rows = torch.arange(x.shape[0], device=x.device)

@@ -83,7 +83,7 @@ class MoE(FeedForward):
     def _count(self, routing: Routing, n_tokens: int) -> None:
         """Tokens an expert over all tokens; the largest over the mean; entropy of the shares over log E."""
         ones_M = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
-        load_E = ones_M.new_zeros(self.n_experts + 1).index_add(0, routing.expert_M, ones_M)[:-1] / n_tokens
+        load_E = ones_M.new_zeros(self.n_experts + 1).index_add(0, routing.expert_M, ones_M)[:-1] / max(n_tokens, 1)
         share_E = load_E / load_E.sum().clamp(min=1e-9)
         self.record("load", load_E)
         self.record("load_max", share_E.max() * self.n_experts)

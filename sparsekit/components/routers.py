@@ -51,12 +51,13 @@ class LearnedRouter(Router):
             weight: what is handed on, of any shape.
             chosen_NE: 1 where a token chose an expert, else 0.
         """
-        self.record("confidence", scores_NE.amax(-1).mean())
+        n_tokens = max(scores_NE.shape[0], 1)  # 0 in a mixture inside a mixture, where nobody chose it
+        self.record("confidence", scores_NE.amax(-1).sum() / n_tokens)
         if not self.training:
             return weight
         shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
-        balance = self.n_experts / self.experts_per_token * (chosen_NE.mean(0) * shares_NE.mean(0)).sum()
-        z = logits_NE.logsumexp(-1).square().mean()
+        balance = self.n_experts / self.experts_per_token * (chosen_NE.sum(0) * shares_NE.sum(0)).sum() / n_tokens**2
+        z = logits_NE.logsumexp(-1).square().sum() / n_tokens
         self.record("load_balance_loss", balance)
         self.record("z_loss", z)
         return attach_loss(weight, self.params.load_balance * balance + self.params.z_loss * z, context)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from sparsekit.model.build import SpecLike, as_model_spec, build_model
+from sparsekit.model.decoder import Decoder
 from sparsekit.spec.run import RunSpec
 
 MASTER_BYTES = 4  # weights, gradients and optimizer states are float32 under either precision
@@ -23,6 +28,7 @@ class Description:
         training_flops_per_token: forward and backward, three times as many.
         weight_bytes: in float32.
         training_bytes: weights, gradients and the optimizer's states; activations come on top.
+        activation_bytes: what a micro-batch keeps for its backward, in float32, eagerly and without recomputation.
         cache_bytes_per_token: keys and values of all layers, when generating.
         tokens: what the run trains on, or None where that depends on the data.
     """
@@ -36,6 +42,7 @@ class Description:
     training_flops_per_token: float
     weight_bytes: int
     training_bytes: int
+    activation_bytes: int
     cache_bytes_per_token: int
     tokens: int | None
 
@@ -63,9 +70,32 @@ def describe(spec: SpecLike) -> Description:
         training_flops_per_token=3 * flops,
         weight_bytes=MASTER_BYTES * parameters,
         training_bytes=MASTER_BYTES * parameters * (2 + states),
+        activation_bytes=activation_bytes(model, run.train.micro_batch_size if run else 1, seq_len),
         cache_bytes_per_token=sum(layer.attention.cache_bytes_per_token(cache_element) for layer in model.layers),
         tokens=_tokens(run),
     )
+
+
+def activation_bytes(model: Decoder, n_batch: int, seq_len: int) -> int:
+    """Bytes that the forward of a [n_batch, seq_len] batch and its loss keep for the backward.
+
+    Counted by running them and adding up the storages that autograd saves, parameters and buffers left out; on the
+    meta device nothing is allocated. Attention is counted as the kernel that runs there.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids_BT = torch.zeros(n_batch, seq_len, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.cross_entropy(model(ids_BT).flatten(0, 1), ids_BT.flatten())
+    del loss  # alive until here, so that no storage is freed and counted under another's address
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _optimizer_states(run: RunSpec | None) -> int:

@@ -22,9 +22,8 @@ class KVCache:
     def extend(self, layer_index: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Appends this forward's keys and values to a layer's; returns all of them, [batch, heads, seen, head_dim]."""
         if layer_index not in self._layers:
-            n_batch, n_heads, _, head_dim = k_BGTK.shape
-            shape = n_batch, n_heads, self.max_seq_len, head_dim
-            self._layers[layer_index] = k_BGTK.new_empty(shape), v_BGTK.new_empty(shape)
+            k_shape, v_shape = ((*x.shape[:2], self.max_seq_len, x.shape[3]) for x in (k_BGTK, v_BGTK))
+            self._layers[layer_index] = k_BGTK.new_empty(k_shape), v_BGTK.new_empty(v_shape)
         end = self.length + k_BGTK.shape[2]
         keys, values = self._layers[layer_index]
         keys[:, :, self.length : end] = k_BGTK

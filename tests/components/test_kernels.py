@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekit.components.contracts import ForwardContext
-from sparsekit.components.kernels import MaskRule
+from sparsekit.components.kernels import Extras, Rule
 from sparsekit.model.generate import KVCache
 
 KERNELS = ["sdpa", "eager"]
@@ -42,8 +42,10 @@ def test_masks_and_groups(component, randn, kernel, heads, window, documents):
         same = documents is None or documents[b][t] == documents[b][s]
         return s <= t and (window is None or t - s < window) and same
 
-    mask = module.prepare(MaskRule(window), 7, q.device, context)
-    torch.testing.assert_close(module(q, k, v, mask, 0.37), attend(q, k, v, 0.37, sees), rtol=0, atol=1e-12)
+    mask = module.prepare(Rule(window), 7, q.device, context)
+    torch.testing.assert_close(
+        module(q, k, v, mask, Rule(window), Extras(0.37)), attend(q, k, v, 0.37, sees), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -52,19 +54,21 @@ def test_queries_that_follow_a_cache(component, randn, kernel, window):
     module = component("kernel", kernel)
     q, k, v = randn(2, 4, 3, 6), randn(2, 2, 8, 6), randn(2, 2, 8, 6)
     context = ForwardContext(positions_BT=torch.arange(5, 8)[None], cache=KVCache(16))
-    mask = module.prepare(MaskRule(window), 3, q.device, context)
+    mask = module.prepare(Rule(window), 3, q.device, context)
 
     def sees(b, t, s):
         return s <= t + 5 and (window is None or t + 5 - s < window)
 
-    torch.testing.assert_close(module(q, k, v, mask, 0.4), attend(q, k, v, 0.4, sees), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        module(q, k, v, mask, Rule(window), Extras(0.4)), attend(q, k, v, 0.4, sees), rtol=0, atol=1e-12
+    )
 
 
 def test_eager_probabilities_are_a_distribution_over_what_is_seen(component, randn):
     module = component("kernel", "eager")
     q, k = randn(2, 4, 7, 5), randn(2, 2, 7, 5)
-    mask = module.prepare(MaskRule(3), 7, q.device, ForwardContext())
-    probabilities = module.probabilities(q, k, mask, 1.0)
+    mask = module.prepare(Rule(3), 7, q.device, ForwardContext())
+    probabilities = module.probabilities(q, k, mask, Extras(1.0))
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64), rtol=0, atol=1e-14)
     distance = torch.arange(7)[:, None] - torch.arange(7)
     assert torch.equal(probabilities > 0, ((distance >= 0) & (distance < 3)).expand(2, 4, 7, 7))
@@ -77,7 +81,9 @@ def test_gradients_of_the_kernels_agree(component, randn, window):
     for name in KERNELS:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         module = component("kernel", name)
-        mask = module.prepare(MaskRule(window), 7, q.device, ForwardContext())
-        gradients.append(torch.autograd.grad((module(*leaves, mask, 0.4) * weights).sum(), leaves))
+        mask = module.prepare(Rule(window), 7, q.device, ForwardContext())
+        gradients.append(
+            torch.autograd.grad((module(*leaves, mask, Rule(window), Extras(0.4)) * weights).sum(), leaves)
+        )
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

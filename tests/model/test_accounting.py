@@ -73,6 +73,7 @@ ATTENTIONS = {
     "mha": {"type": "mha", "n_heads": 4},
     "gqa": {"type": "gqa", "n_heads": 4, "n_kv_heads": 2, "head_dim": 10},
     "mqa": {"type": "mqa", "n_heads": 2, "qk_norm": "rmsnorm"},
+    "mla": {"type": "mla", "n_heads": 4, "kv_rank": 8, "q_rank": 10, "rope_head_dim": 4, "v_head_dim": 6},
 }
 
 
@@ -105,7 +106,7 @@ def test_a_window_costs_its_reach(tiny):
 
 
 def test_cache_bytes_are_what_a_cache_holds(tiny):
-    spec = tiny(layers={"0": {"attention": {"n_kv_heads": 4}}})
+    spec = tiny(n_layers=3, layers={"0": {"attention": {"n_kv_heads": 4}}, "1": {"attention": ATTENTIONS["mla"]}})
     model, cache = build_model(spec), KVCache(10)
     model(torch.zeros(1, 10, dtype=torch.int64), ForwardContext(positions_BT=torch.arange(10)[None], cache=cache))
     held = sum(t.numel() * t.element_size() for pair in cache._layers.values() for t in pair)

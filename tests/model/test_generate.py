@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sparsekit.components.attention import HeadAttention
+from sparsekit.components.attention import KernelAttention
 from sparsekit.model.build import build_model
 from sparsekit.model.generate import KVCache, generate, sample
 
@@ -17,6 +17,7 @@ ATTENTIONS = {
     "mqa-window": {"type": "mqa", "n_heads": 4, "window": 3},
     "eager": {"type": "gqa", "n_heads": 4, "n_kv_heads": 2, "kernel": "eager", "qk_norm": "rmsnorm"},
     "no-position": {"type": "mha", "n_heads": 4, "position": "none"},
+    "mla": {"type": "mla", "n_heads": 4, "kv_rank": 8, "rope_head_dim": 4, "v_head_dim": 6},
 }
 PROMPT = [3, 14, 15, 9, 2]
 
@@ -52,7 +53,7 @@ def greedy(model, ids, n_tokens):
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
 @pytest.mark.parametrize(("limit", "prompt"), [(32, PROMPT), (8, PROMPT), (8, list(range(20))), (1, PROMPT)])
 def test_greedy(tiny, attention, cached, limit, prompt, monkeypatch):
-    monkeypatch.setattr(HeadAttention, "caches", cached)
+    monkeypatch.setattr(KernelAttention, "caches", cached)
     if not cached:  # then nothing may be cached
         monkeypatch.setattr(KVCache, "extend", lambda *_: pytest.fail("the cache is used"))
     model = lively(tiny(attention=attention, max_seq_len=limit))
