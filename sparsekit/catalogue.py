@@ -56,6 +56,16 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "torch's varlen_attn: flash attention over packed documents, without a mask of queries by keys.",
             "Dao 2023, arXiv 2307.08691",
         ),
+        "flash": (
+            "sparsekit.components.kernels:Flash",
+            "flash-attn 4 or 2, whichever is installed: exact attention in tiles that never leave the chip.",
+            "Dao 2023, arXiv 2307.08691; version 4: Shah et al. 2024, arXiv 2407.08608, and its successors",
+        ),
+        "xformers": (
+            "sparsekit.components.kernels:XFormers",
+            "xformers' memory_efficient_attention, which picks cutlass or flash operators.",
+            "Rabe & Staats 2021, arXiv 2112.05682; Lefaudeux et al. 2022, xFormers",
+        ),
     },
     "normalizer": {
         "softmax": (
@@ -206,7 +216,7 @@ BUILT_IN: dict[str, dict[str, Line]] = {
         "noisy_top_k": (
             "sparsekit.components.routers:NoisyTopK",
             "softmax over the k largest of h = W x + noise, noise ~ N(0, softplus(W_noise x)^2) in training.",
-            "Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 and 8-11",
+            "Shazeer et al. 2017, arXiv 1701.06538, eq. 3-11",
         ),
         "switch": (
             "sparsekit.components.routers:Switch",

@@ -23,6 +23,7 @@ from sparsekit.model.generate import KVCache
 from sparsekit.spec.schema import json_schema
 
 VOCABULARY, BATCH, LENGTH, WIDTH = 64, 8, 16, 32
+CPU = torch.device("cpu")
 
 # What fills the required parameters of a component, by field name, so that the usual names work unaided.
 EXAMPLES: dict[str, Any] = {
@@ -47,18 +48,25 @@ EXAMPLES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """The component under test: its class, an example of its slot, and the tiny model it is tried in."""
+    """The component under test: its class, an example of its slot, and the tiny model it is tried in.
+
+    The model's tensors are on ``device`` and of ``dtype``.
+    """
 
     kind: str
     name: str
     cls: Any
     slot: dict[str, Any]
     compile_backend: str | None
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     def spec(self, moe: bool = False) -> dict[str, Any]:
         """A model of two layers with the component in its slot; with ``moe``, inside experts."""
         kind, slot = self.kind, self.slot
         attention: dict[str, Any] = {"type": "gqa", "n_heads": 4, "n_kv_heads": 2}
+        if self.device.type != "cpu":
+            attention["head_dim"] = 64  # fused kernels have a least width
         ffn: dict[str, Any] = {"type": "swiglu", "d_ff": 48}
         model: dict[str, Any] = {"d_model": WIDTH, "n_layers": 2, "vocab_size": VOCABULARY, "max_seq_len": 2 * LENGTH}
         if kind in ("kernel", "position"):
@@ -91,7 +99,21 @@ class Subject:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model.eval()
+        return model.to(self.device, self.dtype).eval()
+
+    def ids(self) -> Tensor:
+        """The batch it is tried on."""
+        ids = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+        return ids.to(self.device)
+
+    def rounding(self, exact: float) -> float:
+        """What may be rounding in float32, or in a 16-bit dtype where that is what the model runs in."""
+        return exact if self.dtype == torch.float32 else 0.03
+
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """Which rows of the last dimension differ by more than rounding does."""
+        limit = self.rounding(1e-4) * before.abs().max()
+        return ~((before - after).abs().amax(-1) <= limit)  # so that NaN has moved
 
     def local(self, model: nn.Module, name: str) -> str:
         """A parameter's name within the component, where it is of the component."""
@@ -148,27 +170,19 @@ def schema(subject: Subject) -> Iterator[str]:
 # What the parts of a model are held to.
 
 
-def _ids() -> Tensor:
-    return torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def _logits(model: nn.Module, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
+def _logits(model: nn.Module, ids: Tensor, context: ForwardContext | None = None, gradients: bool = False) -> Tensor:
     torch.manual_seed(2)  # what draws at random draws alike, so that runs can be compared
-    logits: Tensor = model(ids, context)
+    with torch.set_grad_enabled(gradients):  # some kernels have a forward only
+        logits: Tensor = model(ids, context)
     return logits
 
 
-def _train_step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None]]:
+def _train_step(subject: Subject, model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Logits and gradients of the next-token loss, in training mode."""
-    ids = _ids()
-    logits = _logits(model.train(), ids)
+    ids = subject.ids()
+    logits = _logits(model.train(), ids, gradients=True)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """Which rows of the last dimension differ by more than rounding does."""
-    return ~((before - after).abs().amax(-1) <= 1e-4 * before.abs().max())  # so that NaN has moved
 
 
 def _components(model: nn.Module) -> list[Component]:
@@ -211,7 +225,7 @@ def shapes(subject: Subject) -> Iterator[str]:
         if type(module) is subject.cls:
             module.register_forward_hook(hook)
     try:
-        logits = _logits(model, _ids())
+        logits = _logits(model, subject.ids())
     except Exception:
         if not problems:
             raise
@@ -221,7 +235,7 @@ def shapes(subject: Subject) -> Iterator[str]:
     if logits.shape != (BATCH, LENGTH, VOCABULARY):
         yield f"the model's logits are {list(logits.shape)}, not {[BATCH, LENGTH, VOCABULARY]}"
     if subject.kind == "embedding" and subject.cls.unembed is not Embedding.unembed:
-        tied = _logits(subject.model({**subject.spec(), "tie_embeddings": True}), _ids())
+        tied = _logits(subject.model({**subject.spec(), "tie_embeddings": True}), subject.ids())
         if tied.shape != logits.shape:
             yield f"unembed gives {list(tied.shape)}, not {list(logits.shape)}"
 
@@ -257,17 +271,20 @@ def _routing_problems(routing: Routing, n_experts: int, n_tokens: int) -> Iterat
 
 def finite(subject: Subject) -> Iterator[str]:
     model = subject.model()
-    if not _logits(model, _ids()).isfinite().all():
+    if not _logits(model, subject.ids()).isfinite().all():
         yield "the output is not finite"
-        return
-    for name, gradient in _train_step(model)[1].items():
+
+
+def finite_gradients(subject: Subject) -> Iterator[str]:
+    model = subject.model()
+    for name, gradient in _train_step(subject, model)[1].items():
         if gradient is not None and not gradient.isfinite().all():
             yield f"the gradient of `{subject.local(model, name)}` is not finite"
 
 
 def gradients(subject: Subject) -> Iterator[str]:
     model = subject.model()
-    for name, gradient in _train_step(model)[1].items():
+    for name, gradient in _train_step(subject, model)[1].items():
         if gradient is None or not gradient.any():
             yield f"parameter `{subject.local(model, name)}` receives no gradient"
 
@@ -277,12 +294,12 @@ def causality(subject: Subject) -> Iterator[str]:
     if not all(module.causal for module in _components(model)):
         return
     for training in (False, True):
-        ids = _ids()
+        ids = subject.ids()
         before = _logits(model.train(training), ids)
         for changed in (LENGTH - 1, LENGTH // 2):
             other = ids.clone()
             other[0, changed] = (other[0, changed] + 1) % VOCABULARY
-            moved = _moved(before, _logits(model, other))[0, :changed].nonzero()
+            moved = subject.moved(before, _logits(model, other))[0, :changed].nonzero()
             if len(moved):
                 mode = "training" if training else "eval"
                 yield (
@@ -296,10 +313,10 @@ def batch_coupling(subject: Subject) -> Iterator[str]:
     if any(module.batch_coupled for module in _components(model)):
         return
     for training in (False, True):
-        ids, other = _ids(), _ids()
+        ids, other = subject.ids(), subject.ids()
         other[1] = (other[1] + 1) % VOCABULARY
         before, after = (_logits(model.train(training), batch) for batch in (ids, other))
-        if _moved(before, after)[0].any():
+        if subject.moved(before, after)[0].any():
             mode = "training" if training else "eval"
             yield f"the output of sequence 0 changes when sequence 1 changes (in {mode} mode), but batch_coupled=False"
 
@@ -307,23 +324,23 @@ def batch_coupling(subject: Subject) -> Iterator[str]:
 def documents(subject: Subject) -> Iterator[str]:
     """Attention stays within a document."""
     model, half = subject.model(), LENGTH // 2
-    ids, other = _ids(), _ids()
+    ids, other = subject.ids(), subject.ids()
     other[:, :half] = (other[:, :half] + 1) % VOCABULARY
-    context = ForwardContext(documents_BT=(torch.arange(LENGTH) >= half).long().expand(BATCH, -1))
-    if _moved(_logits(model, ids, context), _logits(model, other, context))[:, half:].any():
+    context = ForwardContext(documents_BT=(torch.arange(LENGTH, device=ids.device) >= half).long().expand(BATCH, -1))
+    if subject.moved(_logits(model, ids, context), _logits(model, other, context))[:, half:].any():
         yield "the output of a document changes when the document before it changes (context.documents_BT)"
 
 
 def cache(subject: Subject) -> Iterator[str]:
     """Token by token through the cache gives what the whole sequence gives."""
-    model, ids = subject.model(), _ids()
+    model, ids = subject.model(), subject.ids()
     if not all(layer.attention.caches for layer in model.layers) or not all(m.causal for m in _components(model)):
         return
     whole, store, parts = _logits(model, ids), KVCache(LENGTH), []
     for start, end in pairwise((0, 5, *range(6, LENGTH + 1))):
         parts.append(_logits(model, ids[:, start:end], store.context(end - start, ids.device)))
         store.length = end
-    moved = _moved(whole, torch.cat(parts, dim=1)).nonzero()
+    moved = subject.moved(whole, torch.cat(parts, dim=1)).nonzero()
     if len(moved):
         yield f"with a key-value cache the output at position {int(moved[0, 1])} is another, but caches=True"
 
@@ -331,7 +348,7 @@ def cache(subject: Subject) -> Iterator[str]:
 def deterministic(subject: Subject) -> Iterator[str]:
     model = subject.model()
     with torch.no_grad():
-        if not torch.equal(model(_ids()), model(_ids())):
+        if not torch.equal(model(subject.ids()), model(subject.ids())):
             yield "two forwards in eval mode differ"
 
 
@@ -340,7 +357,7 @@ def saving(subject: Subject) -> Iterator[str]:
 
     model, fresh = subject.model(), subject.model(seed=1)
     fresh.load_state_dict(load(save({name: t.contiguous() for name, t in model.state_dict().items()})))
-    if not torch.equal(_logits(model, _ids()), _logits(fresh, _ids())):
+    if not torch.equal(_logits(model, subject.ids()), _logits(fresh, subject.ids())):
         yield "a saved and loaded model gives other logits: something that shapes the output is not in state_dict"
 
 
@@ -352,20 +369,23 @@ def compilation(subject: Subject) -> Iterator[str]:
     torch._dynamo.reset()
     for module in (compiled.embedding, *compiled.layers):
         module.compile(backend=subject.compile_backend, fullgraph=True)
-    (logits, wanted), (logits_compiled, got) = _train_step(eager), _train_step(compiled)
-    if not torch.allclose(logits, logits_compiled, rtol=1e-5, atol=1e-5):
+    (logits, wanted), (logits_compiled, got) = _train_step(subject, eager), _train_step(subject, compiled)
+    limit = subject.rounding(1e-5)
+    if not torch.allclose(logits, logits_compiled, rtol=limit, atol=limit):
         worst = (logits - logits_compiled).abs().max()
         yield f"compiled logits differ by {worst:.1e}"
     for name, gradient in wanted.items():
         other = got[name]
-        if gradient is not None and (other is None or not torch.allclose(gradient, other, rtol=1e-5, atol=1e-5)):
+        if gradient is not None and (other is None or not torch.allclose(gradient, other, rtol=limit, atol=limit)):
             yield f"the compiled gradient of `{subject.local(eager, name)}` is another"
 
 
 def bfloat16(subject: Subject) -> Iterator[str]:
+    if subject.dtype != torch.float32:
+        return  # as everything is that it would be compared with
     model = subject.model()
-    reference = _logits(model, _ids())
-    logits = _logits(model.to(torch.bfloat16), _ids())
+    reference = _logits(model, subject.ids())
+    logits = _logits(model.to(torch.bfloat16), subject.ids())
     if logits.dtype != torch.bfloat16:
         yield f"the logits of a bfloat16 model are {logits.dtype}"
     # of tokens the middle one, since rounding may send some to another expert
@@ -382,26 +402,26 @@ def token_wise(subject: Subject) -> Iterator[str]:
         return
     seen: list[tuple[Any, ...]] = []
     ffn.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
-    _logits(model, _ids())
+    _logits(model, subject.ids())
     x_BTD, context, y_BTD = seen[0]
     order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(3))
     by_token = {f.name: getattr(context, f.name) for f in fields(context) if f.name.endswith("_BT")}
     permuted = replace(context, **{name: None if t is None else t[:, order] for name, t in by_token.items()})
     torch.manual_seed(2)
-    if _moved(y_BTD[:, order], ffn(x_BTD[:, order], permuted)).any():
+    if subject.moved(y_BTD[:, order], ffn(x_BTD[:, order], permuted)).any():
         yield "permuting the tokens does not permute the outputs: a feed-forward is token-wise"
 
 
 def experts(subject: Subject) -> Iterator[str]:
     """Works inside a mixture of experts, whose grouped products equal its loop."""
     one = subject.model(subject.spec(moe=True))
-    grouped = _logits(one, _ids())
+    grouped = _logits(one, subject.ids())
     loop_spec = subject.spec(moe=True)
     loop_spec["block"]["ffn"]["dispatch"] = "loop"
-    loop = _logits(subject.model(loop_spec), _ids())
-    if _moved(loop, grouped).any():
+    loop = _logits(subject.model(loop_spec), subject.ids())
+    if subject.moved(loop, grouped).any():
         yield "as grouped experts it does not compute what a loop over experts computes"
-    _train_step(one)
+    _train_step(subject, one)
     for path, module in one.named_modules():
         for name, parameter in module.named_parameters(recurse=False) if isinstance(module, Linear) else ():
             if module.n_experts is not None and (parameter.grad is None or not parameter.grad.flatten(1).any(1).all()):
@@ -410,8 +430,8 @@ def experts(subject: Subject) -> Iterator[str]:
 
 SPEC_CHECKS: tuple[Check, ...] = (docstring, parameters, example, schema)
 MODEL_CHECKS: tuple[Check, ...] = (
-    meta_build, initialisation, shapes, finite, gradients, causality, batch_coupling, deterministic, saving, bfloat16,
-    compilation,
+    meta_build, initialisation, shapes, finite, finite_gradients, gradients, causality, batch_coupling, deterministic,
+    saving, bfloat16, compilation,
 )  # fmt: skip
 KIND_CHECKS: dict[str, tuple[Check, ...]] = {
     "attention": (documents, cache),
@@ -422,23 +442,34 @@ KIND_CHECKS: dict[str, tuple[Check, ...]] = {
     "activation": (token_wise, experts),
     "linear": (experts,),
 }
-NEEDED = (parameters, example, meta_build, initialisation, shapes, finite)  # where one fails, later ones say nothing
+WITHOUT_FORWARD: tuple[Check, ...] = (*SPEC_CHECKS, meta_build, initialisation)
+WITH_BACKWARD: tuple[Check, ...] = (finite_gradients, gradients, compilation, experts)
+# where one of these fails, later ones say nothing
+NEEDED = (parameters, example, meta_build, initialisation, shapes, finite, finite_gradients)
 MODEL_KINDS = (
     "attention", "kernel", "normalizer", "position", "rope_scaling", "ffn", "activation", "router", "norm", "residual",
     "linear", "embedding", "init",
 )  # fmt: skip
 
 
-def checks_of(kind: str, cls: Any) -> tuple[Check, ...]:
-    """Every check that a component is held to, in order."""
-    if kind not in MODEL_KINDS:
+def checks_of(subject: Subject) -> tuple[Check, ...]:
+    """Every check that a component is held to on a device and in a dtype, in order."""
+    if subject.kind not in MODEL_KINDS:
         return SPEC_CHECKS
-    if elsewhere(cls) is not None:
-        return (*SPEC_CHECKS, meta_build, initialisation)
-    return (*SPEC_CHECKS, *MODEL_CHECKS, *KIND_CHECKS.get(kind, ()))
+    where = subject.device, subject.dtype
+    if elsewhere(subject.cls, *where, gradients=False) is not None:
+        return WITHOUT_FORWARD
+    checks = (*SPEC_CHECKS, *MODEL_CHECKS, *KIND_CHECKS.get(subject.kind, ()))
+    trains = elsewhere(subject.cls, *where) is None
+    return tuple(check for check in checks if trains or check not in WITH_BACKWARD)
 
 
-def elsewhere(cls: Any) -> str | None:
-    """Why a component (a kernel) cannot be trained on the CPU; then it is held to what needs no forward."""
+def elsewhere(
+    cls: Any,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = True,
+) -> str | None:
+    """Why a component (a kernel) cannot be trained, or without gradients run, there; None where it can."""
     refusal = getattr(cls, "refusal", None)
-    return None if refusal is None else refusal(torch.device("cpu"), torch.float32, gradients=True)
+    return None if refusal is None else refusal(device, dtype, gradients=gradients)

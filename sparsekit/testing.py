@@ -34,26 +34,33 @@ def check_component(
     params: dict[str, Any] | None = None,
     *,
     compile_backend: str | None = "aot_eager",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Holds one component to its contract, on the CPU.
+    """Holds one component to its contract.
 
-    A kernel whose ``refusal`` says that it cannot be trained there is held to what needs no forward.
+    A kernel whose ``refusal`` says that it cannot be trained on the device and in the dtype is held to what needs no
+    backward, and one that cannot run there at all to what needs no forward.
 
     Args:
         kind: of the registry, such as "ffn".
         component: a registered name, or a class (registered under a private name meanwhile, if it is not).
         params: its parameters; required ones that are left out are filled from ``EXAMPLES`` by field name.
         compile_backend: of torch.compile; None leaves that check out.
+        device: where the model that it is tried in lives.
+        dtype: of that model: float32, or a 16-bit one for what runs in no other.
 
     Raises:
         ContractError: a line for each way in which it breaks its contract.
     """
-    with _registered(kind, component) as name, torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with _registered(kind, component) as name, torch.random.fork_rng(devices=devices):
         cls = registry(kind).get(name)
         label = f"{kind} {name.removeprefix('_')!r}"
         problems: dict[str, Exception | None] = {}
-        subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend)
-        for check in checks_of(kind, cls):
+        subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend, device, dtype)
+        for check in checks_of(subject):
             before = len(problems)
             try:
                 if check is example:  # the one check that finds something out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.components.contracts import Attention, Build, ForwardContext
 from sparsekit.components.kernels import Extras, Rule
+from sparsekit.errors import SparsekitError
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
@@ -18,9 +19,10 @@ from sparsekit.spec.slot import Choice, Slot, pick
 class KernelAttention(Attention):
     """What every attention does around its heads: masks, score changes, the kernel, the output projection.
 
-    A query sees itself and ``window`` - 1 keys before it, and the first ``sinks`` keys always. ``softcap`` c turns a
-    score s into c tanh(s / c). ``sink_logits`` adds a learned logit a head to the softmax's sum, for attention to
-    nothing. ``output_gate`` multiplies the heads' output by sigmoid(W_gate x). ``normalizer`` stands for the softmax.
+    A query sees itself and ``window`` - 1 keys before it, and its document's first ``sinks`` keys always. ``softcap``
+    c turns a score s into c tanh(s / c). ``sink_logits`` adds a learned logit a head to the softmax's sum, for
+    attention to nothing. ``output_gate`` multiplies the heads' output by sigmoid(W_gate x). ``normalizer`` stands for
+    the softmax.
     """
 
     caches = True
@@ -64,6 +66,8 @@ class KernelAttention(Attention):
         self.layer_index = build.layer_index
         self.n_heads: int = params.n_heads
         self.kernel = build.child(params.kernel)
+        if "cache" not in self.kernel.features:
+            self.caches = False
         softmax = params.normalizer.type == "softmax"
         self.normalizer: nn.Module | None = None if softmax else build.child(params.normalizer)
         self.asked = self.rule(params)
@@ -75,12 +79,16 @@ class KernelAttention(Attention):
             nn.init.zeros_(self.sink_H)
 
     def prepare(self, seq_len: int, device: torch.device, context: ForwardContext) -> tuple[str, Any]:
+        if context.cache is not None and not self.caches:
+            name = self.params.kernel.type
+            raise SparsekitError(f"kernel {name!r} cannot use a key-value cache; use auto, eager or sdpa")
         return self.mask_key, self.kernel.prepare(self.asked, seq_len, device, context)
 
     def attend(
         self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, context: ForwardContext, slopes_H: Tensor | None
     ) -> Tensor:
         """Heads' contexts side by side, [batch, seq, heads * value dim]."""
+        q_BHTK, k_BGTK = q_BHTK.to(v_BGTV.dtype), k_BGTK.to(v_BGTV.dtype)  # which norms widen under autocast
         if context.cache is not None:
             k_BGTK, v_BGTV = context.cache.extend(self.layer_index, k_BGTK, v_BGTV)
         if self.mask_key in context.prepared:

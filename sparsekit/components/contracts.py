@@ -114,7 +114,7 @@ class Component(nn.Module):
     class Params(spec.Params):
         """What a spec may say of this component."""
 
-    causal: ClassVar[bool] = True
+    causal: bool = True
     batch_coupled: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
 
@@ -266,7 +266,7 @@ class Attention(Component):
             runs the whole sequence again for each token.
     """
 
-    caches: ClassVar[bool] = False
+    caches: bool = False
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError

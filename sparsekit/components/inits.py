@@ -44,6 +44,8 @@ class TruncNormal(NormalBase):
         cutoff: NonNegativeFloat = 3.0
 
     def draw(self, weight: Tensor, std: float) -> None:
+        if std == 0:
+            return super().draw(weight, std)
         limit = self.params.cutoff * std
         nn.init.trunc_normal_(weight, std=std, a=-limit, b=limit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Rule:
 
     Attributes:
         window: a query sees itself and the window - 1 keys before it; None for all.
-        sinks: so many first keys are seen whatever the window.
+        sinks: so many first keys of a document are seen whatever the window.
         softcap: scores become softcap * tanh(score / softcap).
         features: which of FEATURES that takes, with what comes as tensors (alibi, sink_logits) included.
     """
@@ -39,7 +40,8 @@ class Rule:
     features: frozenset[str] = frozenset()
 
     def key(self, kernel: str) -> str:
-        return f"mask/{kernel}/{self.window}/{self.sinks}"
+        """Under which masks are shared: by what shapes them and, since auto goes by it, by what is asked besides."""
+        return "/".join(("mask", kernel, str(self.window), str(self.sinks), *sorted(self.features)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,17 @@ class Kernel(Component):
             return f"has no gradients on {device.type}"
         return None
 
+    def demand(self, rule: Rule, device: torch.device, dtype: torch.dtype, gradients: bool) -> None:
+        """Refuses what the kernel cannot do there.
+
+        Raises:
+            SparsekitError: it cannot; the message names one that can.
+        """
+        reason = self.refusal(device, dtype, gradients)
+        if reason is not None:
+            able = _able(rule.features, device, dtype, gradients)
+            raise SparsekitError(f"kernel {type(self).__name__.lower()!r} {reason}; use {' or '.join(able)}")
+
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
         """The mask in the form this kernel wants it; None where plain causality in one document is all."""
         return visible(rule, n_queries, device, context)
@@ -111,14 +124,19 @@ class Kernel(Component):
         if q_BHTK.device.type == "meta":  # where shapes alone are worked out, one kernel stands for all
             grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
             return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
-        reason = self.refusal(q_BHTK.device, q_BHTK.dtype, q_BHTK.requires_grad)
-        if reason is not None:
-            raise SparsekitError(f"kernel {type(self).__name__.lower()!r} {reason}; use auto, sdpa or eager")
+        self.demand(rule, q_BHTK.device, q_BHTK.dtype, q_BHTK.requires_grad)
         return self.attend(q_BHTK, k_BGSK, v_BGSK, mask, rule, extras)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
         """As forward, once it is known that the kernel can."""
         raise NotImplementedError
+
+
+def _able(features: frozenset[str], device: torch.device, dtype: torch.dtype, gradients: bool) -> list[str]:
+    """The built-in kernels that can do what is asked, there."""
+    names = [entry.name for entry in registry("kernel").entries() if entry.built_in]
+    able = [name for name in names if features <= _features(name)]
+    return [name for name in able if _class(name).refusal(device, dtype, gradients) is None]
 
 
 def _features(name: str) -> frozenset[str]:
@@ -148,10 +166,21 @@ def visible(rule: Rule, n_queries: int, device: torch.device, context: ForwardCo
     mask = key <= query
     if rule.window is not None:
         near = query - key < rule.window
-        mask = mask & (near | (key < rule.sinks) if rule.sinks else near)
+        if rule.sinks:
+            first = key if documents is None else places(documents)[:, None, :]
+            near = near | (first < rule.sinks)
+        mask = mask & near
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return mask[:, None]
+
+
+def places(documents_BT: Tensor) -> Tensor:
+    """How far each token stands from its document's first."""
+    index = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return index - torch.where(begins_BT, index, 0).cummax(dim=-1).values
 
 
 def distances(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
@@ -226,12 +255,14 @@ class Flex(Kernel):
         if device.type == "meta":
             return None
         documents = context.documents_BT
+        place = None if documents is None else places(documents)
 
         def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             mask = key <= query
             if rule.window is not None:
                 near = query - key < rule.window
-                mask = mask & (near | (key < rule.sinks) if rule.sinks else near)
+                first = key if place is None else place[b, key]
+                mask = mask & (near | (first < rule.sinks) if rule.sinks else near)
             if documents is not None:
                 mask = mask & (documents[b, query] == documents[b, key])
             return mask
@@ -240,6 +271,8 @@ class Flex(Kernel):
         return create_block_mask(seen, n_batch, None, n_queries, n_queries, device=str(device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        from torch.nn.attention.flex_attention import AuxRequest
+
         slopes, softcap = extras.slopes_H, extras.softcap
 
         def change(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -256,9 +289,9 @@ class Flex(Kernel):
         flex = _flex(q.device.type)
         if extras.sink_H is None:
             return flex(q, k, v, **options)
-        out, logsumexp = flex(q, k, v, **options, return_lse=True)
+        out, aux = flex(q, k, v, **options, return_aux=AuxRequest(lse=True))
         # sum exp(s) / (sum exp(s) + exp(sink)), by which a key more shrinks all weights
-        return out * torch.sigmoid(logsumexp - extras.sink_H[None, :, None])[..., None].to(out.dtype)
+        return out * torch.sigmoid(aux.lse - extras.sink_H[None, :, None])[..., None].to(out.dtype)
 
 
 @functools.cache
@@ -327,6 +360,93 @@ def document_ends(documents_BT: Tensor | None, n_queries: int) -> tuple[Tensor |
     begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     begins = begins_BT.flatten().nonzero()[:, 0]
     return F.pad(begins, (0, 1), value=documents_BT.numel()).to(torch.int32), n_queries
+
+
+class Flash(Kernel):
+    """flash-attn 4 or 2, whichever is installed: exact attention in tiles that never leave the chip.
+
+    Source: Dao 2023, arXiv 2307.08691; version 4: Shah et al. 2024, arXiv 2407.08608, and its successors
+    """
+
+    features = frozenset({"document", "window"})
+    dtypes = HALF
+    devices = ("cuda",)
+    gradients = ("cuda",)
+    package = ("flash_attn", "flash")
+
+    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
+        return document_ends(context.documents_BT, n_queries)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        whole, packed, everything = _flash()
+        options: dict[str, Any] = {"softmax_scale": extras.scale, "causal": True}
+        if rule.window is not None:
+            options["window_size"] = (rule.window - 1, 0)  # keys before the query
+        else:
+            options["window_size"] = everything
+        ends, longest = mask
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if ends is None:
+            out = whole(q, k, v, **options)
+        else:
+            lengths = {f"cu_seqlens_{x}": ends for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
+            out = packed(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)
+        out = out[0] if isinstance(out, tuple) else out  # version 4 returns the log-sum-exp too
+        return out.view(*q.shape[:3], v.shape[-1]).transpose(1, 2)
+
+
+@functools.cache
+def _flash() -> tuple[Any, Any, tuple[Any, Any]]:
+    """(attention of whole sequences, of packed ones, what stands for no window)."""
+    if importlib.util.find_spec("flash_attn.cute") is not None:
+        cute = importlib.import_module("flash_attn.cute.interface")
+        return cute.flash_attn_func, cute.flash_attn_varlen_func, (None, None)
+    two = importlib.import_module("flash_attn")
+    return two.flash_attn_func, two.flash_attn_varlen_func, (-1, -1)
+
+
+class XFormers(Kernel):
+    """xformers' memory_efficient_attention, which picks cutlass or flash operators.
+
+    Source: Rabe & Staats 2021, arXiv 2112.05682; Lefaudeux et al. 2022, xFormers
+    """
+
+    features = frozenset({"document", "window"})
+    dtypes = (*HALF, torch.float32)
+    devices = ("cuda",)
+    gradients = ("cuda",)
+    package = ("xformers", "xformers")
+
+    @classmethod
+    def refusal(cls, device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
+        reason = super().refusal(device, dtype, gradients)
+        if reason is None and _installed("flash_attn") and not _installed("flash_attn.flash_attn_interface"):
+            return "takes flash-attn 4, which is installed, for version 2 and fails; uninstall one of them"
+        return reason
+
+    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
+        if device.type == "meta":
+            return None
+        self.demand(rule, device, self.dtypes[0], False)  # before its package is imported
+        bias = importlib.import_module("xformers.ops.fmha.attn_bias")
+        ends, _ = document_ends(context.documents_BT, n_queries)
+        if ends is None:
+            mask = bias.LowerTriangularFromBottomRightMask()
+        else:
+            mask = bias.BlockDiagonalCausalMask.from_seqlens(ends.diff().tolist(), device=device)
+        return mask if rule.window is None else mask.make_local_attention(rule.window)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        fmha = importlib.import_module("xformers.ops.fmha")
+        groups = q.shape[1] // k.shape[1]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        shape = (*q.shape[:3], v.shape[-1])
+        if groups > 1:
+            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+        if hasattr(mask, "q_seqinfo"):  # documents are laid end to end
+            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
+        out: Tensor = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, scale=extras.scale)
+        return out.view(shape).transpose(1, 2)
 
 
 class Auto(Kernel):

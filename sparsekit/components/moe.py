@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.components.contracts import (
     Build,
+    Component,
     ExpertGroups,
     FeedForward,
     ForwardContext,
@@ -29,7 +30,7 @@ class MoE(FeedForward):
 
     ``dispatch`` "grouped" sorts tokens by expert and runs all experts as grouped matrix products; "loop" runs one
     expert after the other and is the readable reference. ``shared_combine`` "mean" gives (shared + k routed)/(k + 1),
-    k the experts a token visits.
+    k the experts a token visits. A router whose choices couple tokens (switch), inside an expert, is not causal.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1; shared experts: Dai et al. 2024, arXiv 2401.06066, eq. 9
     """
@@ -63,6 +64,8 @@ class MoE(FeedForward):
             _demand_grouped(self.experts, params.expert.type)
         else:
             self.experts = nn.ModuleList(build.child(params.expert) for _ in range(params.n_experts))
+        if any(module.batch_coupled for module in self.experts.modules() if isinstance(module, Component)):
+            self.causal = False  # later tokens of a sequence are among the others that an expert is sent
         self.dispatch = self._grouped if one_module and params.dispatch == "grouped" else self._loop
         self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
         self.counter("load", params.n_experts)
@@ -97,7 +100,7 @@ class MoE(FeedForward):
         offsets_E = torch.searchsorted(expert_sorted, experts, right=True).to(torch.int32)
         slots = max(n_rows // max(n_tokens, 1), 1)
         token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
-        y_MD = self.experts(x_ND[token_M], self._inside(context, ExpertGroups(offsets_E)))
+        y_MD = self.experts(x_ND[token_M], self._inside(context, ExpertGroups(offsets_E), token_M))
         if not routing.complete:  # rows of no expert hold nothing, and nothing times 0 may still be NaN
             y_MD = torch.where((expert_sorted < self.n_experts)[:, None], y_MD, 0)
         if routing.token_M is None:  # put back token by token: a gather and a sum, always in the same order
@@ -108,9 +111,10 @@ class MoE(FeedForward):
         return weighted_MD.new_zeros(x_ND.shape).index_add(0, token_M, weighted_MD)
 
     @staticmethod
-    def _inside(context: ForwardContext, groups: ExpertGroups) -> ForwardContext:
+    def _inside(context: ForwardContext, groups: ExpertGroups, token_M: Tensor) -> ForwardContext:
         """The context of experts, whose rows are tokens in another order: what goes by position is left out."""
-        return replace(context, groups=groups, ids_BT=None, documents_BT=None, positions_BT=None)
+        ids_M = None if context.ids_BT is None else context.ids_BT.reshape(-1)[token_M]
+        return replace(context, groups=groups, ids_BT=ids_M, documents_BT=None, positions_BT=None)
 
     def _loop(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
         """The formula, expert by expert."""
@@ -121,11 +125,17 @@ class MoE(FeedForward):
             token_M = token_M.repeat_interleave(n_rows // max(x_ND.shape[0], 1))
         y_ND = torch.zeros_like(x_ND)
         for index in range(self.n_experts):
-            rows = (routing.expert_M == index).nonzero()[:, 0]
+            rows = self._rows(routing.expert_M, index)
             expert = self.experts[index] if isinstance(self.experts, nn.ModuleList) else self.experts
-            y = expert(x_ND[token_M[rows]], self._inside(context, ExpertGroups(expert=index)))
+            y = expert(x_ND[token_M[rows]], self._inside(context, ExpertGroups(expert=index), token_M[rows]))
             y_ND = y_ND.index_add(0, token_M[rows], (y * routing.weight_M[rows][:, None]).to(y_ND.dtype))
         return y_ND
+
+    def _rows(self, expert_M: Tensor, index: int) -> Tensor:
+        """Where the assignments to an expert stand; on the meta device, as many as if loads were even."""
+        if expert_M.is_meta:
+            return expert_M.new_empty(math.ceil(expert_M.shape[0] / self.n_experts))
+        return (expert_M == index).nonzero()[:, 0]
 
     def active_parameters(self) -> int:
         one = active_parameters(self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts)

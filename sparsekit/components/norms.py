@@ -85,7 +85,7 @@ class DynamicTanh(WeightedNorm):
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
-        self.alpha = nn.Parameter(torch.empty(()))
+        self.alpha = nn.Parameter(torch.empty(1))  # FSDP2 takes no scalars
         self.bias = nn.Parameter(torch.empty(self.width)) if params.affine else None
 
     def reset_parameters(self) -> None:

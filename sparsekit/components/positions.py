@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -14,11 +14,33 @@ from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot
 
 
-class RoPE(Position):
+class TabledPosition(Position):
+    """One whose ``tables`` stay in float32 (or float64) whatever the model's dtype."""
+
+    tables: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TabledPosition:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        found = {name: getattr(self, name) for name in self.tables}
+        dtype = next(iter(found.values())).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        stale = wide != dtype or wide == torch.float64
+        if stale and not any(table.is_meta for table in found.values()):
+            # a cast has rounded the tables, or float64 can hold better ones
+            for name, table in found.items():
+                setattr(self, name, torch.empty_like(table, dtype=wide))
+            self.reset_parameters()
+        return self
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+
+class RoPE(TabledPosition):
     """Rotates query and key by their position: pair (i, i + R/2) of R channels turns by position * theta^(-2i/R).
 
     Scores then depend on positions only through their difference. R is ``fraction`` of head_dim; the rest of the
-    channels carry no position. Tables stay in float32 (or float64) whatever the model's dtype.
+    channels carry no position.
 
     Source: Su et al. 2021, arXiv 2104.09864, eq. 34; partial: Black et al. 2022, arXiv 2204.06745
     """
@@ -28,6 +50,7 @@ class RoPE(Position):
         fraction: float = Field(default=1.0, gt=0, le=1)
         scaling: Annotated[Choice, Slot("rope_scaling")] | None = None
 
+    tables = ("cos", "sin")
     cos: Tensor
     sin: Tensor
 
@@ -65,15 +88,6 @@ class RoPE(Position):
         self.cos.copy_(angle.cos() * factor)
         self.sin.copy_(angle.sin() * factor)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RoPE:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        wide = torch.promote_types(self.cos.dtype, torch.float32)
-        stale = wide != self.cos.dtype or wide == torch.float64
-        if stale and not self.cos.is_meta:  # a cast has rounded the tables, or float64 can hold better ones
-            self.cos, self.sin = (torch.empty_like(table, dtype=wide) for table in (self.cos, self.sin))
-            self.reset_parameters()
-        return self
-
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         if context.positions_BT is None:
             cos, sin = self.cos[: q_BHTK.shape[-2]], self.sin[: q_BHTK.shape[-2]]
@@ -88,7 +102,7 @@ class RoPE(Position):
         return turned if not still.shape[-1] else torch.cat((turned, still), dim=-1)
 
 
-class ALiBi(Position):
+class ALiBi(TabledPosition):
     """Adds slope_h (key position - query position) to the scores of head h, slopes 2^(-8 h / H) for h = 1 .. H.
 
     Where H is no power of two, the slopes are those of the next lower one and then every other of the next higher.
@@ -96,6 +110,7 @@ class ALiBi(Position):
     Source: Press, Smith & Lewis 2021, arXiv 2108.12409, sec. 3
     """
 
+    tables = ("slopes_H",)
     slopes_H: Tensor
 
     def __init__(self, params: Any, build: Build):
@@ -103,7 +118,7 @@ class ALiBi(Position):
         self.register_buffer("slopes_H", torch.empty(build.facts["n_heads"]), persistent=False)
 
     def reset_parameters(self) -> None:
-        self.slopes_H.copy_(torch.tensor(alibi_slopes(self.slopes_H.shape[0])))
+        self.slopes_H.copy_(torch.tensor(alibi_slopes(self.slopes_H.shape[0]), dtype=torch.float64))
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         return q_BHTK, k_BGTK

@@ -6,6 +6,7 @@ l the layer from 1, and L the number of layers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field, PositiveFloat
@@ -146,6 +147,8 @@ class DeepNorm(SequentialResidual):
 class MixLN(Residual):
     """post_norm in the first ``share`` of the layers, pre_norm in the rest.
 
+    The first are floor(share L).
+
     Source: Li, Yin & Liu 2024, arXiv 2412.13795, eq. 5
     """
 
@@ -154,7 +157,8 @@ class MixLN(Residual):
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
-        scheme = PostNorm if build.layer_index < params.share * build.n_layers else PreNorm
+        n_post = math.floor(params.share * build.n_layers + 1e-9)  # where 0.29 * 100 is just short of 29
+        scheme = PostNorm if build.layer_index < n_post else PreNorm
         self.scheme = scheme(SequentialResidual.Params(scale=params.scale), build)
 
     def forward(

@@ -127,7 +127,7 @@ class TopK(LearnedRouter):
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         chosen_NE = one_hot(expert_NK, scores_NE)
         if self.params.bias_rate:
-            self.record("chosen_E", chosen_NE.mean(0))
+            self.record("chosen_E", chosen_NE.sum(0) / max(x_ND.shape[0], 1))
         return Routing.per_token(expert_NK, self.with_losses(weight_NK, chosen_NE, scores_NE, logits_NE, context))
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class NoisyTopK(Router):
 
     Auxiliary losses: w_importance CV(sum of weights an expert)^2 + w_load CV(expected number of its tokens)^2.
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 and 8-11
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3-11
     """
 
     class Params(Router.Params):
@@ -198,10 +198,8 @@ class NoisyTopK(Router):
 
 
 def squared_variation(values: Tensor) -> Tensor:
-    """Variance (unbiased) over squared mean; 0 for a single value."""
-    if values.numel() == 1:
-        return values.sum() * 0.0
-    return values.var() / (values.mean().square() + 1e-10)
+    """Variance over squared mean, the variance that of the values themselves: 0 for a single one."""
+    return values.var(correction=0) / (values.mean().square() + 1e-10)
 
 
 class Switch(LearnedRouter):
@@ -230,7 +228,7 @@ class Switch(LearnedRouter):
         chosen_NE = one_hot(expert_N1, scores_NE)
         place_N1 = (chosen_NE.cumsum(0) * chosen_NE).sum(-1, keepdim=True)  # 1 for an expert's first token
         over_N1 = place_N1 > math.ceil(self.params.capacity_factor * x_ND.shape[0] / self.n_experts)
-        self.record("dropped", over_N1.to(scores_NE.dtype).mean())
+        self.record("dropped", over_N1.sum(dtype=scores_NE.dtype) / max(x_ND.shape[0], 1))
         weight_N1 = self.with_losses(weight_N1, chosen_NE, scores_NE, logits_NE, context)
         return Routing.per_token(expert_N1.masked_fill(over_N1, self.n_experts), weight_N1, complete=False)
 
@@ -295,7 +293,7 @@ class TopP(LearnedRouter):
         before_NK = weight_NK.cumsum(-1) - weight_NK  # what likelier experts hold already
         used_NK = (before_NK < self.params.p).detach()
         used_NK[:, 0] = True
-        self.record("experts", used_NK.sum(-1, dtype=scores_NE.dtype).mean())
+        self.record("experts", used_NK.sum(dtype=scores_NE.dtype) / max(x_ND.shape[0], 1))
         chosen_NE = torch.zeros_like(scores_NE).scatter(1, expert_NK, used_NK.to(scores_NE.dtype))
         weight_NK = self.with_losses(weight_NK * used_NK, chosen_NE, scores_NE, logits_NE, context)
         return Routing.per_token(expert_NK.masked_fill(~used_NK, self.n_experts), weight_NK, complete=False)

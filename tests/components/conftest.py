@@ -25,10 +25,11 @@ def component() -> Callable[..., Any]:
         facts: dict[str, Any] | None = None,
         dtype: torch.dtype = torch.float64,
         layer_index: int = 0,
+        n_layers: int = 2,
+        linear: Any = "plain",
     ) -> Any:
-        linear = Slot("linear").validate("plain")
         init = Slot("init").validate({"type": "normal", "std": 0.3})
-        build = Build(d_model, max_seq_len, layer_index, 2, linear, init)
+        build = Build(d_model, max_seq_len, layer_index, n_layers, Slot("linear").validate(linear), init)
         with torch.device("meta"):
             module = build.child(Slot(kind).validate(slot), **(facts or {}))
         module = module.to(dtype).to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""The grouped matrix multiply behind experts, against a loop over rows."""
+"""The grouped matrix multiply behind experts, against a loop over rows; and masked weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 
 from sparsekit.components.contracts import ExpertGroups, ForwardContext
 from sparsekit.components.linears import grouped_mm, grouped_outer, project
+from sparsekit.model.build import build_model
+from tests.conftest import ATTENTION
 
 # (rows, d_in, d_out, ends of the experts' rows): aligned and not, experts without rows, rows without an expert
 CASES = [
@@ -125,3 +127,100 @@ def test_autocast_reaches_grouped_products(randn):
     y.sum().backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), project(x, weight, None, context), rtol=0, atol=0.15)
+
+
+# --- masked weights
+
+
+def masked(sparsity=0.5, roles=("gate", "up", "down")):
+    return {"type": "masked", "sparsity": sparsity, "roles": list(roles)}
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.99])
+def test_every_matrix_keeps_its_exact_share(component, sparsity):
+    mlp = component("ffn", {"type": "mlp", "d_ff": 11}, linear=masked(sparsity))
+    for linear in (mlp.up, mlp.down):
+        assert int(linear.mask.sum()) == round((1 - sparsity) * 11 * 16)
+    expert = {"type": "mlp", "d_ff": 11}
+    moe = component("ffn", {"type": "moe", "n_experts": 5, "expert": expert}, linear=masked(sparsity))
+    for linear in (moe.experts.up, moe.experts.down):
+        assert linear.mask.sum((1, 2)).tolist() == [round((1 - sparsity) * 11 * 16)] * 5, (
+            "each expert's matrix by itself"
+        )
+        assert len({tuple(mask.flatten().tolist()) for mask in linear.mask}) > 1, "each with a mask of its own"
+
+
+def test_masks_are_spread_evenly(component):
+    """Each weight is kept alike: of 200 masks that keep a half, 5 standard deviations are 0.18."""
+    slot = {"type": "moe", "n_experts": 200, "router": {"type": "top_k", "k": 1}, "expert": {"type": "mlp", "d_ff": 8}}
+    share = component("ffn", slot, linear=masked(0.5)).experts.up.mask.double().mean(0)
+    assert 0.5 - 0.18 < float(share.min()) < float(share.max()) < 0.5 + 0.18
+
+
+ROLES = [(), ("q", "o"), ("gate", "up", "down"), ("router",), ("k", "down", "head")]
+
+
+@pytest.mark.parametrize("roles", ROLES, ids=str)
+def test_the_roles_named_are_masked_wherever_they_are(tiny, moe, roles):
+    attention = {**ATTENTION, "output_gate": True}
+    shared = {"type": "swiglu", "d_ff": 24}
+    model = build_model(tiny(attention=attention, ffn=moe(shared_expert=shared), linear=masked(0.5, roles)))
+    named = {name: m for name, m in model.named_modules() if hasattr(m, "role")}
+    assert {m.role for m in named.values()} == {"q", "k", "v", "o", "gate", "up", "down", "router", "head"}
+    for name, linear in named.items():
+        assert linear.masked == hasattr(linear, "mask") == (linear.role in roles), name
+        zeros = float((linear.effective_weight() == 0).float().mean())
+        assert zeros == (0.5 if linear.role in roles else 0), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_masked_takes_no_part_and_learns_nothing(component, randn, bias):
+    mlp, x = component("ffn", {"type": "mlp", "d_ff": 11, "bias": bias}, linear=masked(0.7)), randn(5, 16)
+    weights = {n: getattr(mlp, n).weight.detach() * getattr(mlp, n).mask for n in ("up", "down")}
+    shift = {n: getattr(mlp, n).bias if bias else 0 for n in ("up", "down")}
+    y = mlp(x, ForwardContext())
+    wanted = mlp.activation(x @ weights["up"].T + shift["up"]) @ weights["down"].T + shift["down"]
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12)
+    y.square().sum().backward()
+    for linear in (mlp.up, mlp.down):
+        assert not linear.weight.grad[~linear.mask].any()
+        assert linear.weight.grad[linear.mask].all()
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "loop"])
+def test_masks_inside_experts(component, randn, dispatch):
+    expert, x = {"type": "mlp", "d_ff": 7, "activation": "relu"}, randn(9, 16)
+    slot = {"type": "moe", "n_experts": 3, "expert": expert, "dispatch": dispatch, "router": {"type": "top_k", "k": 3}}
+    moe = component("ffn", slot, linear=masked(0.6))
+    up, down = (m.weight * m.mask for m in (moe.experts.up, moe.experts.down))
+    p = (x @ moe.router.gate.weight.T).softmax(-1)
+    wanted = sum(p[:, e : e + 1] * (torch.relu(x @ up[e].T) @ down[e].T) for e in range(3))
+    torch.testing.assert_close(moe(x[None], ForwardContext())[0], wanted, rtol=0, atol=1e-12)
+    moe(x[None], ForwardContext()).sum().backward()
+    assert not moe.experts.up.weight.grad[~moe.experts.up.mask].any()
+
+
+def test_masks_are_saved_and_restored(tiny):
+    ids, models = torch.arange(20)[None], [build_model(tiny(linear=masked()), seed=seed) for seed in (0, 0, 1)]
+    mask = "layers.0.ffn.up.mask"
+    states = [model.state_dict() for model in models]
+    assert states[0][mask].dtype == torch.bool
+    assert torch.equal(states[0][mask], states[1][mask]), "the seed gives the mask"
+    assert not torch.equal(states[0][mask], states[2][mask])
+    models[2].load_state_dict(states[0])
+    assert torch.equal(models[2](ids), models[0](ids))
+
+
+def test_no_sparsity_is_plain(tiny):
+    ids = torch.arange(20)[None]
+    spec = tiny(linear=masked(0.0, ("q", "up", "head")))
+    sparse, plain = build_model(spec), build_model(tiny())
+    assert sparse.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(sparse(ids), plain(ids))
+
+
+def test_masking_leaves_the_weights_as_they_were_drawn(tiny):
+    """So a masked and a dense run of one seed start from the same weights."""
+    sparse, plain = build_model(tiny(linear=masked(0.9))), build_model(tiny())
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(sparse.state_dict()[name], weight), name

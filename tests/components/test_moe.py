@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -224,3 +225,114 @@ def test_autocast_keeps_the_stream_dtype(component, randn, dispatch):
         y = made(x, ForwardContext())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, copy.deepcopy(made)(x, ForwardContext()), rtol=0.1, atol=0.1)
+
+
+ROUTERS = [
+    {"type": "top_k", "k": 2, "bias_rate": 0.1},
+    {"type": "noisy_top_k", "k": 2},
+    {"type": "switch", "capacity_factor": 0.6},
+    {"type": "expert_choice", "capacity_factor": 1.5},
+    {"type": "top_p", "p": 0.5},
+    {"type": "hash", "k": 2},
+]
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "loop"])
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router["type"])
+def test_counters(component, randn, router, dispatch):
+    """Load, its peak and its entropy by hand, whatever the router."""
+    made, x = moe(component, dispatch=dispatch, router=router), randn(2, 6, 8)
+    context = ForwardContext(ids_BT=torch.arange(12).view(2, 6))
+    torch.manual_seed(0)
+    made(x, context)
+    torch.manual_seed(0)
+    chosen = made.router(x.view(12, 8), context).expert_M.tolist()
+    counts = [chosen.count(e) for e in range(N_EXPERTS)]
+    shares = [n / sum(counts) for n in counts]
+    entropy = -sum(p * math.log(p) for p in shares if p) / math.log(N_EXPERTS)
+    assert made.load.tolist() == pytest.approx([n / 12 for n in counts], abs=1e-12)
+    assert float(made.load_max) == pytest.approx(max(counts) / (sum(counts) / N_EXPERTS), abs=1e-12)
+    assert float(made.load_entropy) == pytest.approx(entropy, abs=1e-12)
+
+
+def test_confidence_is_the_mean_of_the_best_scores(component, randn):
+    x = randn(2, 6, 8)
+    for score in ("softmax", "sigmoid"):
+        made = moe(component, router={"type": "top_k", "k": 2, "score": score})
+        made(x, ForwardContext())
+        logits = x.view(12, 8) @ made.router.gate.weight.T
+        scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+        assert float(made.router.confidence) == pytest.approx(float(scores.detach().max(-1).values.mean()), abs=1e-14)
+
+
+INNER = {"type": "moe", "n_experts": 3, "expert": {"type": "swiglu", "d_ff": 4}}
+ANY = {
+    "drelu": {"type": "drelu", "d_ff": 6, "bias": True},
+    "reglu": {"type": "reglu", "d_ff": 6},
+    "top_k_ffn": {"type": "top_k_ffn", "d_ff": 9, "k": 3},
+    "mlp-relu2": {"type": "mlp", "d_ff": 6, "bias": True, "activation": "relu2"},
+    "gated": {"type": "gated", "d_ff": 6, "activation": {"type": "clipped_relu", "shift": 0.1}},
+    "moe": {**INNER, "router": {"type": "top_k", "k": 2}},
+    "moe-switch": {**INNER, "router": "switch", "shared_expert": {"type": "mlp", "d_ff": 4}},
+    "moe-top_p": {**INNER, "router": "top_p"},
+    "moe-hash": {**INNER, "router": "hash"},
+}
+
+
+@pytest.mark.parametrize("expert", ANY.values(), ids=ANY)
+def test_any_feed_forward_is_an_expert(component, randn, expert):
+    """Grouped and looped alike, forward and backward."""
+    x, direction, outcomes = randn(2, 6, 8), randn(2, 6, 8), []
+    context = ForwardContext(ids_BT=torch.arange(12).view(2, 6))
+    for dispatch in ("grouped", "loop"):
+        nested = {"dispatch": dispatch} if expert["type"] == "moe" else {}
+        made = moe(component, dispatch=dispatch, expert={**expert, **nested}, router={"type": "top_k", "k": 2})
+        y = made(x, context)
+        parameters = dict(made.named_parameters())
+        gradients = torch.autograd.grad((y * direction).sum(), parameters.values(), materialize_grads=True)
+        outcomes.append((y, *gradients))
+        assert y.abs().max() > 0.01
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "loop"])
+def test_top_k_ffn_as_expert(component, randn, dispatch):
+    """Expert by expert: the k largest neurons of the expert that a token visits."""
+    routing = ROUTINGS["per_token"](randn)
+    made, x = moe(component, routing, dispatch, {"type": "top_k_ffn", "d_ff": 9, "k": 3}), randn(6, 8)
+    y, wanted = made(x[None], ForwardContext())[0], torch.zeros(6, 8).double()
+    for m, e in enumerate(routing.expert_M.tolist()):
+        hidden = torch.relu(made.experts.up.weight[e] @ x[m // 2])
+        kept = hidden.topk(3).indices
+        wanted[m // 2] += routing.weight_M[m] * (made.experts.down.weight[e][:, kept] @ hidden[kept])
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("router", ROUTERS[:1] + ROUTERS[2:3] + ROUTERS[4:5], ids=lambda router: router["type"])
+def test_an_inner_mixture_that_nobody_visits_counts_nothing(component, randn, router):
+    """And moves no bias: 0 of 0 tokens is 0."""
+    inner = {"type": "moe", "n_experts": 3, "router": router, "expert": {"type": "mlp", "d_ff": 4}}
+    made = moe(component, ROUTINGS["one_expert"](randn), expert=inner)
+    made(randn(1, 6, 8), ForwardContext()).sum().backward()
+    assert all(value.isfinite().all() for _, _, value in counters(made))
+    idle, busy = made.experts[0].router, made.experts[2].router
+    for one in (idle, busy):
+        one.after_step({name: getattr(one, name) for name in one.counters})
+    if router["type"] == "top_k":
+        assert not idle.bias_E.any()
+        assert busy.bias_E.any()
+
+
+def test_fine_grained_experts_cost_what_one_large_one_does(component):
+    """DeepSeekMoE: experts m times as many and 1/m as wide, m times as many visited; and what is shared is whole."""
+    costs = []
+    for m in (1, 4):
+        router, shared = {"type": "top_k", "k": 2 * m}, {"type": "swiglu", "d_ff": 16}
+        made = moe(
+            component, n_experts=8 * m, router=router, expert={"type": "swiglu", "d_ff": 16 // m}, shared_expert=shared
+        )
+        experts = sum(p.numel() for p in made.experts.parameters())
+        gate = made.router.gate.weight.numel()
+        costs.append((experts, made.active_parameters() - gate, made.flops_per_token(4) - 2 * gate))
+    assert costs[0] == costs[1] == (8 * 3 * 8 * 16, 3 * 3 * 8 * 16, 2 * 3 * 3 * 8 * 16)

@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from sparsekit.checks import elsewhere
+from sparsekit.checks import Subject, checks_of, elsewhere
 from sparsekit.components import attention, contracts, feedforward, kernels, norms, positions, routers
 from sparsekit.components.contracts import (
     Activation,
@@ -36,10 +36,36 @@ def test_every_entry_keeps_its_contract(kind: str, name: str) -> None:
     check_component(kind, name, PARAMS.get((kind, name)))
 
 
+ELSEWHERE = [name for kind, name in ENTRIES if kind in MODEL_KINDS and elsewhere(registry(kind).get(name))]
+
+
 def test_what_cannot_be_trained_on_the_cpu_is_known() -> None:
-    """Of these the contract is held where they run (tests/components, marked gpu); of no other is a check left out."""
-    left_out = {name for kind, name in ENTRIES if kind in MODEL_KINDS and elsewhere(registry(kind).get(name))}
-    assert left_out <= {"flex", "varlen", "flash", "xformers"}
+    """Of these the rest of the contract is held on a GPU, below; of no other is a check left out."""
+    assert set(ELSEWHERE) <= {"flex", "varlen", "flash", "xformers"}
+    held = {name: {check.__name__ for check in checks_of(subject)} for name, subject in _kernels().items()}
+    assert {"causality", "documents", "shapes", "bfloat16"} <= held["flex"], "its forward runs on the CPU"
+    assert not {"gradients", "compilation"} & held["flex"]
+    assert "shapes" not in held["varlen"]
+    assert {"gradients", "compilation", "cache"} <= held["sdpa"]
+
+
+def _kernels() -> dict[str, Subject]:
+    names = registry("kernel").names()
+    return {name: Subject("kernel", name, registry("kernel").get(name), {"type": name}, None) for name in names}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", registry("kernel").names())
+def test_kernels_keep_the_contract_on_a_gpu(name: str) -> None:
+    """In float32, and in bfloat16 where that is refused."""
+    device, cls = torch.device("cuda"), registry("kernel").get(name)
+    dtype = torch.float32 if elsewhere(cls, device) is None else torch.bfloat16
+    reason = elsewhere(cls, device, dtype)
+    if reason is not None and "needs the package" in reason:
+        pytest.skip(reason)
+    assert reason is None
+    check_component("kernel", name, device=device, dtype=dtype)
 
 
 REPRESENTATIVES = {
@@ -245,6 +271,12 @@ class Deaf(kernels.SDPA):
         return None
 
 
+class DeafAbroad(Deaf):
+    """As Deaf, with gradients on a GPU only: what its forward shows is shown here."""
+
+    gradients = ("cuda",)
+
+
 class Forgetful(attention.MultiHead):
     """Says that it caches, and sees only the newest keys."""
 
@@ -439,6 +471,7 @@ BROKEN = [
     ("attention", Leaking, "output at position 0 changes when token 15 changes .*, but causal=True"),
     ("attention", LeakingInTraining, r"output at position 13 changes when token 15 changes \(in training mode\)"),
     ("kernel", Deaf, "the output of a document changes when the document before it changes"),
+    ("kernel", DeafAbroad, "the output of a document changes when the document before it changes"),
     ("attention", Forgetful, "with a key-value cache the output at position 5 is another, but caches=True"),
     ("position", ByPlace, "with a key-value cache the output at position 5 is another"),
     ("norm", BatchNorm, "the output of sequence 0 changes when sequence 1 changes .*, but batch_coupled=False"),
