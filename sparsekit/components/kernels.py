@@ -427,7 +427,7 @@ class XFormers(Kernel):
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
         if device.type == "meta":
             return None
-        self.demand(rule, device, self.dtypes[0], False)  # before its package is imported
+        self.demand(rule, device, self.dtypes[0], torch.is_grad_enabled())  # before its package is imported
         bias = importlib.import_module("xformers.ops.fmha.attn_bias")
         ends, _ = document_ends(context.documents_BT, n_queries)
         if ends is None:

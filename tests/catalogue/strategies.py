@@ -44,7 +44,16 @@ SIZES: dict[str, Any] = {
     "seed": [0, 7],
 }
 FLOATS = [-0.5, 0.0, 0.05, 0.25, 0.5, 0.9, 1.0, 1.5, 2.0, 4.0]  # none that is more about float32 than about an entry
-RARE = {"window": 0.4, "sinks": 0.2, "softcap": 0.2, "sink_logits": 0.2, "normalizer": 0.25, "kernel": 0.7}
+RARE = {
+    "window": 0.4,
+    "sinks": 0.2,
+    "softcap": 0.2,
+    "sink_logits": 0.2,
+    "normalizer": 0.25,
+    "kernel": 0.7,
+    "activation": 0.9,
+    "scaling": 0.7,
+}
 
 
 def slots(kind: str, depth: int = 0) -> st.SearchStrategy[dict[str, Any]]:
@@ -53,7 +62,7 @@ def slots(kind: str, depth: int = 0) -> st.SearchStrategy[dict[str, Any]]:
     if kind == "kernel":  # those that train here come more often
         names = [n for n in names if elsewhere(registry(kind).get(n)) is None] * 4 + ["auto"] * 12 + names
     if kind == "ffn":
-        names = [n for n in names if n != "moe"] + ["moe"] * [6, 3, 0][depth]
+        names = [n for n in names if n != "moe"] + ["mlp", "gated"] * 2 + ["moe"] * [6, 3, 0][depth]
     return st.sampled_from(names).flatmap(lambda name: params(kind, name, depth))
 
 
