@@ -230,7 +230,7 @@ def explore(
 
 
 def test_random_specs(run_of: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
-    explore(150, run_of, tmp_path_factory, derandomize=True)
+    explore(100, run_of, tmp_path_factory, derandomize=True)
 
 
 @pytest.mark.slow
