@@ -47,22 +47,22 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Vaswani et al. 2017, arXiv 1706.03762, eq. 1",
         ),
         "flex": (
-            "sparsekit.components.kernels:Flex",
+            "sparsekit.components.fused_kernels:Flex",
             "torch's flex_attention: masks and score changes compiled into one kernel, hidden blocks skipped.",
             "Dong et al. 2024, arXiv 2412.05496",
         ),
         "varlen": (
-            "sparsekit.components.kernels:Varlen",
+            "sparsekit.components.fused_kernels:Varlen",
             "torch's varlen_attn: flash attention over packed documents, without a mask of queries by keys.",
             "Dao 2023, arXiv 2307.08691",
         ),
         "flash": (
-            "sparsekit.components.kernels:Flash",
+            "sparsekit.components.fused_kernels:Flash",
             "flash-attn 4 or 2, whichever is installed: exact attention in tiles that never leave the chip.",
             "Dao 2023, arXiv 2307.08691; version 4: Shah et al. 2024, arXiv 2407.08608, and its successors",
         ),
         "xformers": (
-            "sparsekit.components.kernels:XFormers",
+            "sparsekit.components.fused_kernels:XFormers",
             "xformers' memory_efficient_attention, which picks cutlass or flash operators.",
             "Rabe & Staats 2021, arXiv 2112.05682; Lefaudeux et al. 2022, xFormers",
         ),

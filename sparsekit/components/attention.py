@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Attention, Build, ForwardContext
+from sparsekit.components.contracts import Attention, Build, ForwardContext, Linear, Position
 from sparsekit.components.kernels import Extras, Rule
 from sparsekit.errors import SparsekitError
 from sparsekit.spec.facts import Facts
@@ -26,6 +26,9 @@ class KernelAttention(Attention):
     """
 
     caches = True
+    gate: Linear | None
+    position: Position
+    o: Linear
 
     class Params(Attention.Params):
         n_heads: PositiveInt
@@ -39,7 +42,12 @@ class KernelAttention(Attention):
         output_gate: bool = False
 
     @classmethod
-    def rule(cls, params: Any) -> Rule:
+    def width(cls, params: Any, d_model: int) -> int:
+        """Of a head's queries and keys."""
+        raise NotImplementedError
+
+    @classmethod
+    def rule(cls, params: Any, d_model: int) -> Rule:
         """What is asked of the kernel."""
         asked = {
             "window": params.window is not None,
@@ -50,7 +58,7 @@ class KernelAttention(Attention):
             "normalizer": params.normalizer.type != "softmax",
         }
         features = frozenset(name for name, wanted in asked.items() if wanted)
-        return Rule(params.window, params.sinks, params.softcap, features)
+        return Rule(params.window, params.sinks, params.softcap, features, cls.width(params, d_model))
 
     @classmethod
     def check_around(cls, params: Any, facts: Facts, **position_facts: Any) -> None:
@@ -58,7 +66,7 @@ class KernelAttention(Attention):
         if params.sinks and params.window is None:
             raise ValueError(f"sinks ({params.sinks}) are keys that a window would hide; give a window")
         facts.child(params.position, n_heads=params.n_heads, **position_facts)
-        facts.child(params.kernel, rule=cls.rule(params))
+        facts.child(params.kernel, rule=cls.rule(params, facts.d_model))
         facts.child(params.normalizer)
 
     def __init__(self, params: Any, build: Build):
@@ -70,7 +78,7 @@ class KernelAttention(Attention):
             self.caches = False
         softmax = params.normalizer.type == "softmax"
         self.normalizer: nn.Module | None = None if softmax else build.child(params.normalizer)
-        self.asked = self.rule(params)
+        self.asked = self.rule(params, build.d_model)
         self.mask_key = self.asked.key(params.kernel.type)
         self.sink_H = nn.Parameter(torch.empty(self.n_heads)) if params.sink_logits else None
 
@@ -84,9 +92,7 @@ class KernelAttention(Attention):
             raise SparsekitError(f"kernel {name!r} cannot use a key-value cache; use auto, eager or sdpa")
         return self.mask_key, self.kernel.prepare(self.asked, seq_len, device, context)
 
-    def attend(
-        self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, context: ForwardContext, slopes_H: Tensor | None
-    ) -> Tensor:
+    def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, context: ForwardContext) -> Tensor:
         """Heads' contexts side by side, [batch, seq, heads * value dim]."""
         q_BHTK, k_BGTK = q_BHTK.to(v_BGTV.dtype), k_BGTK.to(v_BGTV.dtype)  # which norms widen under autocast
         if context.cache is not None:
@@ -95,9 +101,17 @@ class KernelAttention(Attention):
             mask = context.prepared[self.mask_key]
         else:
             mask = self.prepare(q_BHTK.shape[2], q_BHTK.device, replace(context, dtype=q_BHTK.dtype))[1]
+        slopes_H = getattr(self.position, "slopes_H", None)
         extras = Extras(q_BHTK.shape[-1] ** -0.5, self.params.softcap, slopes_H, self.sink_H, self.normalizer)
         z_BHTV = self.kernel(q_BHTK, k_BGTK, v_BGTV, mask, self.asked, extras)
         return z_BHTV.transpose(1, 2).flatten(2)
+
+    def output(self, z_BTE: Tensor, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        """The gate, where there is one, and the projection."""
+        if self.gate is not None:
+            z_BTE = z_BTE * torch.sigmoid(self.gate(x_BTD, context))
+        y_BTD: Tensor = self.o(z_BTE, context)
+        return y_BTD
 
     def reach(self, seq_len: int) -> int:
         """Keys whose scores count for a query: all, even hidden ones, as the eager kernel has it; fewer in a window."""
@@ -116,9 +130,8 @@ class HeadAttention(KernelAttention):
     def kv_heads(params: Any) -> int:
         raise NotImplementedError
 
-    @staticmethod
-    def width(params: Any, d_model: int) -> int:
-        """head_dim, by default d_model / n_heads."""
+    @classmethod
+    def width(cls, params: Any, d_model: int) -> int:
         return int(params.head_dim or d_model // params.n_heads)
 
     @classmethod
@@ -158,10 +171,7 @@ class HeadAttention(KernelAttention):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         q, k = self.position(q, k, context)
-        z_BTE = self.attend(q, k, v, context, getattr(self.position, "slopes_H", None))
-        if self.gate is not None:
-            z_BTE = z_BTE * torch.sigmoid(self.gate(x_BTD, context))
-        return self.o(z_BTE, context)
+        return self.output(self.attend(q, k, v, context), x_BTD, context)
 
     def flops_per_token(self, seq_len: int) -> float:
         return super().flops_per_token(seq_len) + 4.0 * self.reach(seq_len) * self.n_heads * self.head_dim
@@ -230,16 +240,21 @@ class MultiHeadLatent(KernelAttention):
         latent_norm: Annotated[Choice, Slot("norm")] = pick("rmsnorm")
 
     @classmethod
-    def rule(cls, params: Any) -> Rule:
-        rule = super().rule(params)
-        return Rule(rule.window, rule.sinks, rule.softcap, rule.features | {"value_dim"})
+    def width(cls, params: Any, d_model: int) -> int:
+        return int(params.head_dim or d_model // params.n_heads) + int(params.rope_head_dim)
+
+    @classmethod
+    def rule(cls, params: Any, d_model: int) -> Rule:
+        rule = super().rule(params, d_model)
+        return replace(rule, features=rule.features | {"value_dim"})
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
         if params.head_dim is None and facts.d_model % params.n_heads:
             raise ValueError(f"d_model ({facts.d_model}) is not divisible by n_heads ({params.n_heads}); give head_dim")
         cls.check_around(params, facts, head_dim=params.rope_head_dim, n_kv_heads=1)
-        facts.child(params.latent_norm, width=params.kv_rank)
+        for rank in {params.kv_rank, params.q_rank or params.kv_rank}:
+            facts.child(params.latent_norm, width=rank)
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
@@ -247,7 +262,7 @@ class MultiHeadLatent(KernelAttention):
         self.head_dim = int(params.head_dim or d_model // heads)
         self.v_head_dim = int(params.v_head_dim or self.head_dim)
         self.rope_head_dim: int = params.rope_head_dim
-        q_width = self.head_dim + self.rope_head_dim
+        q_width = self.width(params, d_model)
         self.q_down = build.linear("q", d_model, params.q_rank) if params.q_rank else None
         self.q_norm = build.child(params.latent_norm, width=params.q_rank) if params.q_rank else None
         self.q = build.linear("q", params.q_rank or d_model, heads * q_width)
@@ -276,10 +291,7 @@ class MultiHeadLatent(KernelAttention):
         q_rope, k_rope = self.position(q_rope, heads(self.k_rope(x_BTD, context), self.rope_head_dim), context)
         q = torch.cat((q, q_rope), dim=-1)
         k = torch.cat((k, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)
-        z_BTE = self.attend(q, k, v, context, getattr(self.position, "slopes_H", None))
-        if self.gate is not None:
-            z_BTE = z_BTE * torch.sigmoid(self.gate(x_BTD, context))
-        return self.o(z_BTE, context)
+        return self.output(self.attend(q, k, v, context), x_BTD, context)
 
     def flops_per_token(self, seq_len: int) -> float:
         per_key = self.head_dim + self.rope_head_dim + self.v_head_dim

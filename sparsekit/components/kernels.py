@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
-import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,12 +30,14 @@ class Rule:
         sinks: so many first keys of a document are seen whatever the window.
         softcap: scores become softcap * tanh(score / softcap).
         features: which of FEATURES that takes, with what comes as tensors (alibi, sink_logits) included.
+        head_dim: of queries and keys.
     """
 
     window: int | None = None
     sinks: int = 0
     softcap: float | None = None
     features: frozenset[str] = frozenset()
+    head_dim: int = 64
 
     def key(self, kernel: str) -> str:
         """Under which masks are shared: by what shapes them and, since auto goes by it, by what is asked besides."""
@@ -69,6 +69,7 @@ class Kernel(Component):
         features: which of FEATURES it can do.
         dtypes, devices: what it runs in and on.
         gradients: the devices on which it has a backward.
+        min_head_dim: the narrowest queries it takes on a GPU.
         package: what must be installed, and the extra that installs it.
     """
 
@@ -76,6 +77,7 @@ class Kernel(Component):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = ALL
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     gradients: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    min_head_dim: ClassVar[int] = 1
     package: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
@@ -83,14 +85,14 @@ class Kernel(Component):
         rule: Rule = facts.get("rule", Rule())
         lacking = sorted(rule.features - cls.features)
         if lacking:
-            able = [e.name for e in registry("kernel").entries() if e.built_in and rule.features <= _features(e.name)]
-            raise ValueError(f"cannot do {' and '.join(lacking)}; {' or '.join(able) or 'no kernel'} can")
+            able = " or ".join(able_to(rule.features))
+            raise ValueError(f"cannot do {' and '.join(lacking)}; {able or 'no kernel'} can")
         check_children(params, facts)
 
     @classmethod
-    def refusal(cls, device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
+    def refusal(cls, device: torch.device, dtype: torch.dtype, gradients: bool, head_dim: int = 64) -> str | None:
         """Why it cannot run there, or None where it can."""
-        if cls.package is not None and not _installed(cls.package[0]):
+        if cls.package is not None and not installed(cls.package[0]):
             return f"needs the package {cls.package[0]}: pip install 'sparsekit[{cls.package[1]}]'"
         if device.type not in cls.devices:
             return f"does not run on {device.type}"
@@ -98,6 +100,8 @@ class Kernel(Component):
             return f"does not run in {str(dtype).removeprefix('torch.')}"
         if gradients and device.type not in cls.gradients:
             return f"has no gradients on {device.type}"
+        if device.type == "cuda" and head_dim < cls.min_head_dim:
+            return f"needs a head_dim of at least {cls.min_head_dim}; here it is {head_dim}"
         return None
 
     def demand(self, rule: Rule, device: torch.device, dtype: torch.dtype, gradients: bool) -> None:
@@ -106,10 +110,11 @@ class Kernel(Component):
         Raises:
             SparsekitError: it cannot; the message names one that can.
         """
-        reason = self.refusal(device, dtype, gradients)
+        reason = self.refusal(device, dtype, gradients, rule.head_dim)
         if reason is not None:
-            able = _able(rule.features, device, dtype, gradients)
-            raise SparsekitError(f"kernel {type(self).__name__.lower()!r} {reason}; use {' or '.join(able)}")
+            able = [name for name in able_to(rule.features) if _can_run(name, rule, device, dtype, gradients)]
+            own = next((name for name in able_to(frozenset()) if _class(name) is type(self)), type(self).__name__)
+            raise SparsekitError(f"kernel {own!r} {reason}; use {' or '.join(able)}")
 
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
         """The mask in the form this kernel wants it; None where plain causality in one document is all."""
@@ -121,9 +126,8 @@ class Kernel(Component):
         Raises:
             SparsekitError: the kernel cannot run on these tensors; the message names one that can.
         """
-        if q_BHTK.device.type == "meta":  # where shapes alone are worked out, one kernel stands for all
-            grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-            return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, is_causal=True, enable_gqa=grouped)
+        if q_BHTK.device.type == "meta":
+            return self.outline(q_BHTK, k_BGSK, v_BGSK, mask, rule, extras)
         self.demand(rule, q_BHTK.device, q_BHTK.dtype, q_BHTK.requires_grad)
         return self.attend(q_BHTK, k_BGSK, v_BGSK, mask, rule, extras)
 
@@ -131,20 +135,54 @@ class Kernel(Component):
         """As forward, once it is known that the kernel can."""
         raise NotImplementedError
 
-
-def _able(features: frozenset[str], device: torch.device, dtype: torch.dtype, gradients: bool) -> list[str]:
-    """The built-in kernels that can do what is asked, there."""
-    names = [entry.name for entry in registry("kernel").entries() if entry.built_in]
-    able = [name for name in names if features <= _features(name)]
-    return [name for name in able if _class(name).refusal(device, dtype, gradients) is None]
+    def outline(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        """As forward on the meta device, where only shapes count and what is kept for the backward."""
+        return fused(q, k, v)
 
 
-def _features(name: str) -> frozenset[str]:
-    return registry("kernel").get(name).features
+@torch.library.custom_op("sparsekit::fused_attention", mutates_args=())
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("stands for any kernel that never holds the scores, on the meta device alone")
 
 
+@_fused.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+_fused.register_autograd(_backward, setup_context=_keep)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a kernel that never holds the scores makes and keeps (its inputs, output and log-sum-exp), in shape."""
+    return _fused(q, k, v)[0]
+
+
+def able_to(features: frozenset[str]) -> list[str]:
+    """The built-in kernels that can do what is asked, somewhere."""
+    return [e.name for e in registry("kernel").entries() if e.built_in and features <= _class(e.name).features]
+
+
+def _can_run(name: str, rule: Rule, device: torch.device, dtype: torch.dtype, gradients: bool) -> bool:
+    return _class(name).refusal(device, dtype, gradients, rule.head_dim) is None
+
+
+def _class(name: str) -> type[Kernel]:
+    found: type[Kernel] = registry("kernel").get(name)
+    return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -163,24 +201,33 @@ def visible(rule: Rule, n_queries: int, device: torch.device, context: ForwardCo
         assert positions is not None, "a cache needs the positions of its queries"
         query = positions[:, :, None]
         key = torch.arange(int(positions[0, -1]) + 1, device=device)[None, None, :]
-    mask = key <= query
-    if rule.window is not None:
-        near = query - key < rule.window
-        if rule.sinks:
-            first = key if documents is None else places(documents)[:, None, :]
-            near = near | (first < rule.sinks)
-        mask = mask & near
+    place = key if documents is None else places(documents)[:, None, :]
+    mask = sees(rule, query, key, place)
     if documents is not None:
         mask = mask & (documents[:, :, None] == documents[:, None, :])
     return mask[:, None]
 
 
+def sees(rule: Rule, query: Tensor, key: Tensor, place: Tensor) -> Tensor:
+    """True where a query sees a key of its document, whose place in that document is ``place``."""
+    past = key <= query
+    if rule.window is None:
+        return past
+    near = query - key < rule.window
+    return past & (near | (place < rule.sinks) if rule.sinks else near)
+
+
 def places(documents_BT: Tensor) -> Tensor:
     """How far each token stands from its document's first."""
     index = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    return index - torch.where(begins(documents_BT), index, 0).cummax(dim=-1).values
+
+
+def begins(documents_BT: Tensor) -> Tensor:
+    """True at each document's first token, [B, T]."""
     begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
     begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    return index - torch.where(begins_BT, index, 0).cummax(dim=-1).values
+    return begins_BT
 
 
 def distances(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
@@ -196,6 +243,10 @@ class SDPA(Kernel):
     """
 
     features = frozenset({"window", "sinks", "document", "cache", "alibi", "value_dim"})
+
+    def outline(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        fuses = extras.slopes_H is None and q.shape[-1] == v.shape[-1]  # else torch takes its unfused formula
+        return fused(q, k, v) if fuses else self.attend(q, k, v, mask, rule, extras)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, extras: Extras) -> Tensor:
         if extras.slopes_H is not None:
@@ -234,219 +285,12 @@ class Eager(Kernel):
         weights = scores_BHTS.softmax(-1) if extras.normalizer is None else extras.normalizer(scores_BHTS)
         return (weights if extras.sink_H is None else weights[..., :-1]).to(q.dtype)
 
+    def outline(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
+        return self.attend(q, k, v, mask, rule, extras)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, extras: Extras) -> Tensor:
         v_BHSK = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return self.probabilities(q, k, mask, extras) @ v_BHSK
-
-
-class Flex(Kernel):
-    """torch's flex_attention: masks and score changes compiled into one kernel, hidden blocks skipped.
-
-    Source: Dong et al. 2024, arXiv 2412.05496
-    """
-
-    features = frozenset({"window", "sinks", "document", "softcap", "alibi", "sink_logits"})
-    dtypes = (*HALF, torch.float32)
-    gradients = ("cuda",)
-
-    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        if device.type == "meta":
-            return None
-        documents = context.documents_BT
-        place = None if documents is None else places(documents)
-
-        def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            mask = key <= query
-            if rule.window is not None:
-                near = query - key < rule.window
-                first = key if place is None else place[b, key]
-                mask = mask & (near | (first < rule.sinks) if rule.sinks else near)
-            if documents is not None:
-                mask = mask & (documents[b, query] == documents[b, key])
-            return mask
-
-        n_batch = None if documents is None else documents.shape[0]
-        return create_block_mask(seen, n_batch, None, n_queries, n_queries, device=str(device))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
-        from torch.nn.attention.flex_attention import AuxRequest
-
-        slopes, softcap = extras.slopes_H, extras.softcap
-
-        def change(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
-            return score if slopes is None else score + slopes[h] * (key - query)
-
-        options: dict[str, Any] = {
-            "score_mod": change if softcap is not None or slopes is not None else None,
-            "block_mask": mask,
-            "scale": extras.scale,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
-        flex = _flex(q.device.type)
-        if extras.sink_H is None:
-            return flex(q, k, v, **options)
-        out, aux = flex(q, k, v, **options, return_aux=AuxRequest(lse=True))
-        # sum exp(s) / (sum exp(s) + exp(sink)), by which a key more shrinks all weights
-        return out * torch.sigmoid(aux.lse - extras.sink_H[None, :, None])[..., None].to(out.dtype)
-
-
-@functools.cache
-def _flex(device: str) -> Any:
-    """flex_attention, compiled where that is what makes it fast."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
-
-
-class Varlen(Kernel):
-    """torch's varlen_attn: flash attention over packed documents, without a mask of queries by keys.
-
-    Source: Dao 2023, arXiv 2307.08691
-    """
-
-    features = frozenset({"document"})
-    dtypes = HALF
-    devices = ("cuda",)
-    gradients = ("cuda",)
-
-    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
-        return document_ends(context.documents_BT, n_queries)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends, longest = mask
-        if ends is None:
-            ends = torch.arange(0, q.shape[0] * q.shape[2] + 1, q.shape[2], device=q.device, dtype=torch.int32)
-        groups = q.shape[1] // k.shape[1]
-        packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        if groups > 1 and "enable_gqa" not in _varlen_options():
-            packed[1:] = [x.repeat_interleave(groups, dim=1) for x in packed[1:]]
-        options: dict[str, Any] = {"scale": extras.scale} if "scale" in _varlen_options() else {}
-        if "window_size" in _varlen_options():
-            options["window_size"] = (-1, 0)
-        else:
-            options["is_causal"] = True
-        if "enable_gqa" in _varlen_options():
-            options["enable_gqa"] = groups > 1
-        if "scale" not in _varlen_options() and extras.scale != q.shape[-1] ** -0.5:
-            packed[0] = packed[0] * (extras.scale * q.shape[-1] ** 0.5)
-        attend: Any = varlen_attn  # its signature differs between versions
-        out = attend(*packed, ends, ends, longest, longest, **options)
-        return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
-
-
-@functools.cache
-def _varlen_options() -> frozenset[str]:
-    """Which options this version of torch has."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def document_ends(documents_BT: Tensor | None, n_queries: int) -> tuple[Tensor | None, int]:
-    """Where documents begin and end in the batch laid end to end (int32, from 0 to B·T), and the longest possible.
-
-    None where every sequence is one document. Their number depends on the data, so the host waits for the device
-    here, once a forward.
-    """
-    if documents_BT is None:
-        return None, n_queries
-    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    begins = begins_BT.flatten().nonzero()[:, 0]
-    return F.pad(begins, (0, 1), value=documents_BT.numel()).to(torch.int32), n_queries
-
-
-class Flash(Kernel):
-    """flash-attn 4 or 2, whichever is installed: exact attention in tiles that never leave the chip.
-
-    Source: Dao 2023, arXiv 2307.08691; version 4: Shah et al. 2024, arXiv 2407.08608, and its successors
-    """
-
-    features = frozenset({"document", "window"})
-    dtypes = HALF
-    devices = ("cuda",)
-    gradients = ("cuda",)
-    package = ("flash_attn", "flash")
-
-    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
-        return document_ends(context.documents_BT, n_queries)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
-        whole, packed, everything = _flash()
-        options: dict[str, Any] = {"softmax_scale": extras.scale, "causal": True}
-        if rule.window is not None:
-            options["window_size"] = (rule.window - 1, 0)  # keys before the query
-        else:
-            options["window_size"] = everything
-        ends, longest = mask
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if ends is None:
-            out = whole(q, k, v, **options)
-        else:
-            lengths = {f"cu_seqlens_{x}": ends for x in "qk"} | {f"max_seqlen_{x}": longest for x in "qk"}
-            out = packed(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)
-        out = out[0] if isinstance(out, tuple) else out  # version 4 returns the log-sum-exp too
-        return out.view(*q.shape[:3], v.shape[-1]).transpose(1, 2)
-
-
-@functools.cache
-def _flash() -> tuple[Any, Any, tuple[Any, Any]]:
-    """(attention of whole sequences, of packed ones, what stands for no window)."""
-    if importlib.util.find_spec("flash_attn.cute") is not None:
-        cute = importlib.import_module("flash_attn.cute.interface")
-        return cute.flash_attn_func, cute.flash_attn_varlen_func, (None, None)
-    two = importlib.import_module("flash_attn")
-    return two.flash_attn_func, two.flash_attn_varlen_func, (-1, -1)
-
-
-class XFormers(Kernel):
-    """xformers' memory_efficient_attention, which picks cutlass or flash operators.
-
-    Source: Rabe & Staats 2021, arXiv 2112.05682; Lefaudeux et al. 2022, xFormers
-    """
-
-    features = frozenset({"document", "window"})
-    dtypes = (*HALF, torch.float32)
-    devices = ("cuda",)
-    gradients = ("cuda",)
-    package = ("xformers", "xformers")
-
-    @classmethod
-    def refusal(cls, device: torch.device, dtype: torch.dtype, gradients: bool) -> str | None:
-        reason = super().refusal(device, dtype, gradients)
-        if reason is None and _installed("flash_attn") and not _installed("flash_attn.flash_attn_interface"):
-            return "takes flash-attn 4, which is installed, for version 2 and fails; uninstall one of them"
-        return reason
-
-    def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
-        if device.type == "meta":
-            return None
-        self.demand(rule, device, self.dtypes[0], torch.is_grad_enabled())  # before its package is imported
-        bias = importlib.import_module("xformers.ops.fmha.attn_bias")
-        ends, _ = document_ends(context.documents_BT, n_queries)
-        if ends is None:
-            mask = bias.LowerTriangularFromBottomRightMask()
-        else:
-            mask = bias.BlockDiagonalCausalMask.from_seqlens(ends.diff().tolist(), device=device)
-        return mask if rule.window is None else mask.make_local_attention(rule.window)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
-        fmha = importlib.import_module("xformers.ops.fmha")
-        groups = q.shape[1] // k.shape[1]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        shape = (*q.shape[:3], v.shape[-1])
-        if groups > 1:
-            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-        if hasattr(mask, "q_seqinfo"):  # documents are laid end to end
-            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
-        out: Tensor = fmha.memory_efficient_attention(q, k, v, attn_bias=mask, scale=extras.scale)
-        return out.view(shape).transpose(1, 2)
 
 
 class Auto(Kernel):
@@ -467,9 +311,11 @@ class Auto(Kernel):
         """The name of the kernel to use."""
         wanted = rule.features | ({"document"} if documents else set()) | ({"cache"} if cache else set())
         order = ("varlen", "sdpa", "flex", "eager") if documents else ("sdpa", "flex", "eager")
-        able = [name for name in order if wanted <= _features(name)]
+        able = [name for name in order if wanted <= _class(name).features]
         gradients = torch.is_grad_enabled()
-        return next((n for n in able if _class(n).refusal(device, dtype, gradients) is None), able[-1])
+        if device.type == "meta":
+            return able[0]
+        return next((name for name in able if _can_run(name, rule, device, dtype, gradients)), able[-1])
 
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
         dtype = compute_dtype(device, context.dtype)
@@ -481,7 +327,4 @@ class Auto(Kernel):
         out: Tensor = self.kernels[name](q, k, v, prepared, rule, extras)
         return out
 
-
-def _class(name: str) -> type[Kernel]:
-    found: type[Kernel] = registry("kernel").get(name)
-    return found
+    outline = attend

@@ -39,8 +39,7 @@ class LearnedRouter(Router):
         """[tokens, experts], in float32 or wider."""
         if self.training and self.params.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.params.jitter, 1 + self.params.jitter)
-        logits_NE: Tensor = self.gate(x_ND, context)
-        return logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+        return widened(self.gate(x_ND, context))
 
     def with_losses(
         self, weight: Tensor, chosen_NE: Tensor, scores_NE: Tensor, logits_NE: Tensor, context: ForwardContext
@@ -61,6 +60,16 @@ class LearnedRouter(Router):
         self.record("load_balance_loss", balance)
         self.record("z_loss", z)
         return attach_loss(weight, self.params.load_balance * balance + self.params.z_loss * z, context)
+
+
+def check_k(k: int, facts: Facts) -> None:
+    if k > facts["n_experts"]:
+        raise ValueError(f"k ({k}) is above n_experts ({facts['n_experts']})")
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In float32 or wider, which a softmax over experts needs."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def one_hot(expert_NK: Tensor, scores_NE: Tensor) -> Tensor:
@@ -91,9 +100,8 @@ class TopK(LearnedRouter):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
+        check_k(params.k, facts)
         n_experts = facts["n_experts"]
-        if params.k > n_experts:
-            raise ValueError(f"k ({params.k}) is above n_experts ({n_experts})")
         if n_experts % params.n_groups:
             raise ValueError(f"n_experts ({n_experts}) is not divisible by n_groups ({params.n_groups})")
         if params.k_groups > params.n_groups:
@@ -157,8 +165,7 @@ class NoisyTopK(Router):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
-        if params.k > facts["n_experts"]:
-            raise ValueError(f"k ({params.k}) is above n_experts ({facts['n_experts']})")
+        check_k(params.k, facts)
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
@@ -169,12 +176,11 @@ class NoisyTopK(Router):
         self.counter("load_loss")
 
     def forward(self, x_ND: Tensor, context: ForwardContext) -> Routing:
-        clean_NE = self.gate(x_ND, context)
-        clean_NE = clean_NE.to(torch.promote_types(clean_NE.dtype, torch.float32))
+        clean_NE = widened(self.gate(x_ND, context))
         if not self.training:
             top_NK, expert_NK = clean_NE.topk(self.params.k, dim=-1)
             return Routing.per_token(expert_NK, top_NK.softmax(-1))
-        spread_NE = F.softplus(self.noise(x_ND, context).to(clean_NE.dtype))
+        spread_NE = F.softplus(widened(self.noise(x_ND, context)))
         noisy_NE = clean_NE + torch.randn_like(clean_NE) * spread_NE
         top_NK, expert_NK = noisy_NE.topk(self.params.k, dim=-1)
         weight_NK = top_NK.softmax(-1)
@@ -258,8 +264,7 @@ class ExpertChoice(Router):
         self.gate = build.linear("router", build.d_model, self.n_experts)
 
     def forward(self, x_ND: Tensor, context: ForwardContext) -> Routing:
-        logits_NE = self.gate(x_ND, context)
-        scores_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).softmax(-1)
+        scores_NE = widened(self.gate(x_ND, context)).softmax(-1)
         n_tokens = x_ND.shape[0]
         capacity = min(n_tokens, math.ceil(self.params.capacity_factor * n_tokens / self.n_experts))
         weight_EC, token_EC = scores_NE.T.topk(capacity, dim=-1)
@@ -311,8 +316,7 @@ class Hash(Router):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
-        if params.k > facts["n_experts"]:
-            raise ValueError(f"k ({params.k}) is above n_experts ({facts['n_experts']})")
+        check_k(params.k, facts)
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)

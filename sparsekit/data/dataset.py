@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsekit.data.packing import TokenSet
 from sparsekit.data.sources import Source
+from sparsekit.data.token_set import TokenSet
 from sparsekit.data.tokenizers import Tokenizer
 from sparsekit.spec.slot import Choice
 

@@ -1,12 +1,10 @@
-"""From documents to one stream of tokens, and from the stream to windows of inputs and next-token targets.
+"""From a stream of tokens to windows of inputs and next-token targets.
 
 Shapes: N tokens of the stream, B windows, T = seq_len positions.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,74 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.data.tokenizers import Ids, Tokenizer
+from sparsekit.data.token_set import Tokens
 from sparsekit.errors import DataError
 
 IGNORE = -100  # the target that counts for nothing, as torch's cross_entropy has it
-CHUNK = 1 << 23  # characters encoded at a time: enough to keep every core busy, little enough to hold
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """The tokens of a split, document after document, each followed by its end of text.
-
-    Attributes:
-        tokens: [N], uint16 or uint32.
-        starts: [n_documents + 1] int64: where each document begins, and at last N.
-        n_bytes: UTF-8 bytes of the text, by which losses in nats a token become bits a byte.
-    """
-
-    tokens: Ids
-    starts: np.ndarray[Any, np.dtype[np.int64]]
-    n_bytes: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def n_documents(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of where documents begin: equal exactly where training would be."""
-        digest = hashlib.sha256(self.tokens.astype("<u4").tobytes())
-        digest.update(self.starts.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    @classmethod
-    def from_documents(cls, documents: Iterable[str], tokenizer: Tokenizer) -> TokenSet:
-        """Encodes every document whole; nothing is dropped or cut.
-
-        Raises:
-            DataError: as reading the documents and encoding them do.
-        """
-        parts: list[Ids] = []
-        lengths: list[int] = []
-        n_bytes = 0
-        end = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
-        for texts in _chunks(documents):
-            n_bytes += sum(len(text.encode()) for text in texts)
-            for ids in tokenizer.encode_batch(texts):
-                parts += (ids, end)
-                lengths.append(len(ids) + 1)
-        tokens = np.concatenate(parts) if parts else end[:0]
-        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        return cls(tokens, starts.astype(np.int64), n_bytes)
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The documents in lists of about CHUNK characters."""
-    texts: list[str] = []
-    size = 0
-    for text in documents:
-        texts.append(text)
-        size += len(text)
-        if size >= CHUNK:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
 
 
 @dataclass(frozen=True)
@@ -125,7 +59,7 @@ class Windows:
         DataError: the stream has no next token, as it holds fewer than two.
     """
 
-    def __init__(self, token_set: TokenSet, seq_len: int, document_mask: bool = False):
+    def __init__(self, token_set: Tokens, seq_len: int, document_mask: bool = False):
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}, and a window holds at least one token")
         if len(token_set) < 2:
@@ -149,17 +83,17 @@ class Windows:
         indices_B = np.asarray(indices, dtype=np.int64)
         if indices_B.size and (indices_B.min() < 0 or indices_B.max() >= len(self)):
             raise IndexError(f"window {indices_B.min()} to {indices_B.max()} of {len(self)}")
-        tokens, n_tokens = self.token_set.tokens, len(self.token_set)
+        n_tokens = len(self.token_set)
         covered_to_B = indices_B * self.seq_len  # targets up to here belong to earlier windows
         begins_B = np.minimum(covered_to_B, max(0, n_tokens - 1 - self.seq_len))
         places = begins_B[:, None] + np.arange(self.seq_len + 1)  # [B, T + 1]: an input and, one on, its target
         # every document ends in an end of text, so the last token is one: what a short stream is filled up with
-        window = tokens[np.minimum(places, n_tokens - 1)].astype(np.int64)
+        window = self.token_set.rows(begins_B, self.seq_len + 1).astype(np.int64)
         ids, targets = window[:, :-1].copy(), window[:, 1:].copy()  # copies, as a window of one row is contiguous
         ignored = (places[:, 1:] <= covered_to_B[:, None]) | (places[:, 1:] >= n_tokens)
         documents_BT = None
         if self.document_mask:
-            documents = np.searchsorted(self.token_set.starts, places, side="right") - 1
+            documents = self.token_set.documents(places)
             ignored |= documents[:, 1:] != documents[:, :-1]
             documents_BT = torch.from_numpy(np.ascontiguousarray(documents[:, :-1], dtype=np.int64))
         targets[ignored] = IGNORE

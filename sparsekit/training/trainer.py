@@ -20,7 +20,8 @@ from torch import Tensor
 from sparsekit.components.contracts import Component, ForwardContext, counters
 from sparsekit.data.dataset import load_text
 from sparsekit.data.loader import Loader, validation_batches
-from sparsekit.data.packing import Batch, TokenSet, Windows
+from sparsekit.data.packing import Batch, Windows
+from sparsekit.data.token_set import TokenSet
 from sparsekit.errors import CheckpointError, SparsekitError, SpecError
 from sparsekit.files import write_json
 from sparsekit.model.build import build_model

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparsekit.data.dataset import load_text
-from sparsekit.data.packing import TokenSet
+from sparsekit.data.token_set import TokenSet
 from sparsekit.data.tokenizers import BPETokenizer
 from sparsekit.errors import DataError, SpecError
 from sparsekit.spec.load import load_spec

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekit.data.loader import Loader, permute, validation_batches
-from sparsekit.data.packing import IGNORE, TokenSet, Windows
+from sparsekit.data.packing import IGNORE, Windows
+from sparsekit.data.token_set import TokenSet
 
 seeds = st.integers(0, 2**63)
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekit.data import packing
-from sparsekit.data.packing import IGNORE, Batch, TokenSet, Windows
+from sparsekit.data import token_set as stream_module
+from sparsekit.data.packing import IGNORE, Batch, Windows
+from sparsekit.data.token_set import TokenSet
 from sparsekit.data.tokenizers import ByteTokenizer
 from sparsekit.errors import DataError
 
@@ -145,7 +146,7 @@ def test_a_batch_moves_whole() -> None:
 def test_from_documents_keeps_everything(texts: list[str], chunk: int) -> None:
     tokenizer = ByteTokenizer(ByteTokenizer.Params())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CHUNK", chunk)
+        patch.setattr(stream_module, "CHUNK", chunk)
         stream = TokenSet.from_documents(iter(texts), tokenizer)
     assert stream.tokens.tolist() == [i for text in texts for i in (*text.encode(), EOS)]
     assert stream.tokens.dtype == np.uint16 and stream.starts.dtype == np.int64
