@@ -1,6 +1,6 @@
 """Every attention kernel against the eager one: the largest errors, forward and backward, and the time it takes.
 
-python benchmarks/kernels.py [--seq 1024] [--out errors.json]
+python benchmarks/kernels.py [--seq 1024] [--shapes 16,4,128] [--out errors.json]
 
 The reference is the eager kernel in float32 on the same bfloat16 inputs; errors are the largest absolute difference
 over the largest absolute value of the reference. Beside each kernel stands the eager kernel run in its own dtype.
@@ -35,12 +35,13 @@ CASES: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("alibi", {"features": {"alibi"}}, False),
     ("sink logits", {"features": {"sink_logits"}}, False),
 )
-SHAPES = ((16, 16, 64), (16, 4, 128))  # heads, key-value heads, head_dim
+SHAPES = ("16,16,64", "16,4,128")  # heads, key-value heads, head_dim
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--seq", type=int, nargs="+", default=[1024, 1000])
+    arguments.add_argument("--shapes", nargs="+", default=SHAPES)
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--kernels", nargs="+", default=KERNELS)
@@ -50,7 +51,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     print(f"{name}, torch {torch.__version__}; errors relative to the largest value of the float32 reference")
     rows = []
-    for length, (heads, groups, width), case in itertools.product(options.seq, SHAPES, CASES):
+    shapes = [[int(size) for size in shape.split(",")] for shape in options.shapes]
+    for length, (heads, groups, width), case in itertools.product(options.seq, shapes, CASES):
         torch.compiler.reset()  # more shapes than anybody's run has; dynamo would stop compiling flex
         rows += compare(options.kernels, options.batch, length, heads, groups, width, case, device)
     print(f"{'kernel':10}{'case':24}{'seq':>6}{'heads':>7}{'dim':>5}{'forward':>11}{'backward':>11}{'ms':>9}")
@@ -75,7 +77,8 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each kernel."""
     label, asked, several = case
-    rule = Rule(asked.get("window"), asked.get("sinks", 0), asked.get("softcap"), frozenset(asked.get("features", ())))
+    features = frozenset(asked.get("features", ()))
+    rule = Rule(asked.get("window"), asked.get("sinks", 0), asked.get("softcap"), features, width)
     generator = torch.Generator(device).manual_seed(length + width)
 
     def randn(*shape: int) -> Tensor:
@@ -118,7 +121,7 @@ def compare(
         cls: type[Kernel] = registry("kernel").get(name)
         wanted = rule.features | ({"document"} if several else set())
         lacking = sorted(wanted - cls.features)
-        reason = f"cannot do {', '.join(lacking)}" if lacking else cls.refusal(device, torch.bfloat16, True)
+        reason = f"cannot do {', '.join(lacking)}" if lacking else cls.refusal(device, torch.bfloat16, True, width)
         row: dict[str, Any] = {
             "kernel": name, "case": label, "seq": length, "heads": f"{heads}/{groups}", "head_dim": width,
             "refused": reason,
