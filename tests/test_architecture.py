@@ -34,7 +34,7 @@ LAYERS = {
 }
 # a mixture and an attention are made of parts that slots fill; these share code and not choices
 WITHIN_COMPONENTS = {
-    "fused_kernels": {*ALWAYS, "kernels"},
+    "fused_kernels": {"contracts", "kernels"},
     "attention": {"contracts", "kernels"},  # the mask rule, which is the kernels' contract
     "feedforward": {"contracts", "activations"},  # swiglu, geglu and reglu are each defined by one activation
 }
