@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 from typing import Any
 
@@ -98,25 +96,30 @@ class Varlen(Kernel):
             ends = torch.arange(0, q.shape[0] * q.shape[2] + 1, q.shape[2], device=q.device, dtype=torch.int32)
         groups = q.shape[1] // k.shape[1]
         packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        if groups > 1 and "enable_gqa" not in _varlen_options():
+        if groups > 1 and not _varlen_has("enable_gqa"):
             packed[1:] = [x.repeat_interleave(groups, dim=1) for x in packed[1:]]
-        options: dict[str, Any] = {"scale": extras.scale} if "scale" in _varlen_options() else {}
-        if "window_size" in _varlen_options():
+        options: dict[str, Any] = {"scale": extras.scale} if _varlen_has("scale") else {}
+        if _varlen_has("window_size"):
             options["window_size"] = (-1, 0)
         else:
             options["is_causal"] = True
-        if "enable_gqa" in _varlen_options():
+        if _varlen_has("enable_gqa"):
             options["enable_gqa"] = groups > 1
-        if "scale" not in _varlen_options() and extras.scale != q.shape[-1] ** -0.5:
+        if not _varlen_has("scale") and extras.scale != q.shape[-1] ** -0.5:
             packed[0] = packed[0] * (extras.scale * q.shape[-1] ** 0.5)
         attend: Any = varlen_attn  # its signature differs between versions
         out = attend(*packed, ends, ends, longest, longest, **options)
         return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _varlen_has(option: str) -> bool:
+    """Whether this version of torch has an option."""
+    return option in _varlen_options()
+
+
 @functools.cache
 def _varlen_options() -> frozenset[str]:
-    """Which options this version of torch has."""
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
@@ -144,7 +147,7 @@ class Flash(Kernel):
     dtypes = HALF
     devices = ("cuda",)
     gradients = ("cuda",)
-    min_head_dim = 16  # version 4 has no backward below
+    min_head_dim = 32  # version 4 has no backward below
     package = ("flash_attn", "flash")
 
     def prepare(self, rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Any:
@@ -167,13 +170,14 @@ class Flash(Kernel):
 def _flash_2(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, scale: float, before: int | None
 ) -> Tensor:
-    library: Any = importlib.import_module("flash_attn")
+    import flash_attn
+
     window = (-1, -1) if before is None else (before, 0)
     options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "window_size": window}
     if ends is None:
-        out: Tensor = library.flash_attn_func(q, k, v, **options)
+        out: Tensor = flash_attn.flash_attn_func(q, k, v, **options)
     else:
-        out = library.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)
+        out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, **options)
     return out
 
 
@@ -183,7 +187,8 @@ def _flash_2(
 def _flash_4(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, longest: int, scale: float, before: int | None
 ) -> tuple[Tensor, Tensor]:
-    cute = importlib.import_module("flash_attn.cute.interface")
+    from flash_attn.cute import interface as cute
+
     options = _flash_4_options(ends, longest, before)
     out, lse = cute._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
     return out.contiguous(), lse.contiguous()
@@ -203,7 +208,8 @@ def _flash_4_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ends: Tensor | None, longest: int,
     scale: float, before: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cute = importlib.import_module("flash_attn.cute.interface")
+    from flash_attn.cute import interface as cute
+
     options = _flash_4_options(ends, longest, before)
     dq, dk, dv = cute._flash_attn_bwd(q, k, v, out, gradient, lse, scale, **options)[:3]
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -261,7 +267,8 @@ class XFormers(Kernel):
         if device.type == "meta":
             return None
         self.demand(rule, device, self.dtypes[0], torch.is_grad_enabled())  # before its package is imported
-        bias = importlib.import_module("xformers.ops.fmha.attn_bias")
+        from xformers.ops.fmha import attn_bias as bias
+
         ends, _ = document_ends(context.documents_BT, n_queries)
         if ends is None:
             mask = bias.LowerTriangularFromBottomRightMask()
@@ -270,7 +277,8 @@ class XFormers(Kernel):
         return mask if rule.window is None else mask.make_local_attention(rule.window)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
-        fmha = importlib.import_module("xformers.ops.fmha")
+        from xformers.ops import fmha
+
         groups = q.shape[1] // k.shape[1]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         shape = (*q.shape[:3], v.shape[-1])

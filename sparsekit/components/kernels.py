@@ -181,8 +181,13 @@ def _class(name: str) -> type[Kernel]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def installed(package: str) -> bool:
+    """Whether a package can be imported, found out once and while a model is traced, not in it."""
+    return _found(package)
+
+
+@functools.cache
+def _found(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
