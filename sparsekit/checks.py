@@ -362,13 +362,14 @@ def saving(subject: Subject) -> Iterator[str]:
 
 
 def compilation(subject: Subject) -> Iterator[str]:
-    """Each layer compiles whole and computes the same."""
+    """Each layer compiles (whole, unless the component says that it cannot) and computes the same."""
     if subject.compile_backend is None:
         return
+    whole = getattr(subject.cls, "fullgraph", True)
     eager, compiled = subject.model(), subject.model()
     torch._dynamo.reset()
     for module in (compiled.embedding, *compiled.layers):
-        module.compile(backend=subject.compile_backend, fullgraph=True)
+        module.compile(backend=subject.compile_backend, fullgraph=whole)
     (logits, wanted), (logits_compiled, got) = _train_step(subject, eager), _train_step(subject, compiled)
     limit = subject.rounding(1e-5)
     if not torch.allclose(logits, logits_compiled, rtol=limit, atol=limit):

@@ -18,6 +18,7 @@ from sparsekit.spec.facts import Facts, check_children
 from sparsekit.spec.slot import Choice
 
 State = dict[str, Tensor]
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "router", "head", "embed")
 
 
 @dataclass(frozen=True)

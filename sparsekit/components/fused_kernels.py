@@ -254,6 +254,7 @@ class XFormers(Kernel):
     dtypes = (*HALF, torch.float32)
     devices = ("cuda",)
     gradients = ("cuda",)
+    fullgraph = False  # its operators' shape functions do not take the scale that they are called with
     package = ("xformers", "xformers")
 
     @classmethod
@@ -276,6 +277,7 @@ class XFormers(Kernel):
             mask = bias.BlockDiagonalCausalMask.from_seqlens(ends.diff().tolist(), device=device)
         return mask if rule.window is None else mask.make_local_attention(rule.window)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
         from xformers.ops import fmha
 

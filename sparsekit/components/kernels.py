@@ -70,6 +70,7 @@ class Kernel(Component):
         dtypes, devices: what it runs in and on.
         gradients: the devices on which it has a backward.
         min_head_dim: the narrowest queries it takes on a GPU.
+        fullgraph: torch.compile takes a layer whole, this kernel included.
         package: what must be installed, and the extra that installs it.
     """
 
@@ -78,6 +79,7 @@ class Kernel(Component):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     gradients: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     min_head_dim: ClassVar[int] = 1
+    fullgraph: ClassVar[bool] = True
     package: ClassVar[tuple[str, str] | None] = None
 
     @classmethod

@@ -55,7 +55,8 @@ class YaRN(RopeScaling):
     """Pairs that turn often in the trained length stay, those that hardly do are divided by factor, the rest is mixed.
 
     A pair's turns are r = original_max_seq_len * frequency / 2 pi; the mix is linear in the pair's index between where
-    r is ``beta_fast`` and where it is ``beta_slow``. Cosine and sine are multiplied by 0.1 ln(factor) + 1.
+    r is ``beta_fast`` and where it is ``beta_slow``, as in the authors' code and the models trained with it (def. 2
+    mixes linearly in r). Cosine and sine are multiplied by 0.1 ln(factor) + 1.
 
     Source: Peng et al. 2023, arXiv 2309.00071, def. 3 and eq. 22
     """

@@ -18,8 +18,8 @@ from sparsekit.spec.facts import Facts
 class LearnedRouter(Router):
     """Base of the routers that score experts by a projection of the token, with the two usual auxiliary losses.
 
-    Load balance is (E/k) sum_e share_e mean(s_e), share_e the tokens that chose e over all tokens and s the scores
-    divided by their sum: 1 where all is uniform. z is mean logsumexp(W x)^2. ``jitter`` multiplies the router's input
+    Load balance is E sum_e share_e mean(s_e), share_e the choices of e over all choices and s the scores divided by
+    their sum: 1 where all is uniform. z is mean logsumexp(W x)^2. ``jitter`` multiplies the router's input
     by U(1 - jitter, 1 + jitter) in training.
     """
 
@@ -54,8 +54,9 @@ class LearnedRouter(Router):
         self.record("confidence", scores_NE.amax(-1).sum() / n_tokens)
         if not self.training:
             return weight
-        shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
-        balance = self.n_experts / self.experts_per_token * (chosen_NE.sum(0) * shares_NE.sum(0)).sum() / n_tokens**2
+        shares_E = (scores_NE / scores_NE.sum(-1, keepdim=True)).sum(0) / n_tokens
+        chosen_E = chosen_NE.sum(0)
+        balance = self.n_experts * (chosen_E / chosen_E.sum().clamp(min=1) * shares_E).sum()
         z = logits_NE.logsumexp(-1).square().sum() / n_tokens
         self.record("load_balance_loss", balance)
         self.record("z_loss", z)
@@ -65,6 +66,11 @@ class LearnedRouter(Router):
 def check_k(k: int, facts: Facts) -> None:
     if k > facts["n_experts"]:
         raise ValueError(f"k ({k}) is above n_experts ({facts['n_experts']})")
+
+
+def capacity(factor: float, n_tokens: int, n_experts: int) -> int:
+    """ceil(factor N / E), where 1.1 * 30 / 11 is 3 and not just above it."""
+    return math.ceil(round(factor * n_tokens / n_experts, 9))
 
 
 def widened(logits: Tensor) -> Tensor:
@@ -233,7 +239,7 @@ class Switch(LearnedRouter):
         weight_N1, expert_N1 = scores_NE.max(-1, keepdim=True)
         chosen_NE = one_hot(expert_N1, scores_NE)
         place_N1 = (chosen_NE.cumsum(0) * chosen_NE).sum(-1, keepdim=True)  # 1 for an expert's first token
-        over_N1 = place_N1 > math.ceil(self.params.capacity_factor * x_ND.shape[0] / self.n_experts)
+        over_N1 = place_N1 > capacity(self.params.capacity_factor, x_ND.shape[0], self.n_experts)
         self.record("dropped", over_N1.sum(dtype=scores_NE.dtype) / max(x_ND.shape[0], 1))
         weight_N1 = self.with_losses(weight_N1, chosen_NE, scores_NE, logits_NE, context)
         return Routing.per_token(expert_N1.masked_fill(over_N1, self.n_experts), weight_N1, complete=False)
@@ -266,8 +272,8 @@ class ExpertChoice(Router):
     def forward(self, x_ND: Tensor, context: ForwardContext) -> Routing:
         scores_NE = widened(self.gate(x_ND, context)).softmax(-1)
         n_tokens = x_ND.shape[0]
-        capacity = min(n_tokens, math.ceil(self.params.capacity_factor * n_tokens / self.n_experts))
-        weight_EC, token_EC = scores_NE.T.topk(capacity, dim=-1)
+        taken = min(n_tokens, capacity(self.params.capacity_factor, n_tokens, self.n_experts))
+        weight_EC, token_EC = scores_NE.T.topk(taken, dim=-1)
         expert_EC = torch.arange(self.n_experts, device=x_ND.device)[:, None].expand_as(token_EC)
         return Routing(expert_EC.reshape(-1), weight_EC.reshape(-1), token_EC.reshape(-1))
 
@@ -275,8 +281,8 @@ class ExpertChoice(Router):
 class TopP(LearnedRouter):
     """The fewest experts, likeliest first, whose softmax probabilities reach p together; weighted by them as they are.
 
-    At most ``max_experts`` of them. Costs are counted as at initialisation, where all experts are equally likely; the
-    counter ``experts`` tells how many a token really visits.
+    At most ``max_experts`` of them. Load balance counts each token's likeliest expert alone. Costs are counted as at
+    initialisation, where all experts are equally likely; the counter ``experts`` tells how many a token really visits.
 
     Source: Yang et al. 2024, arXiv 2403.18926, eq. 5-6; Huang et al. 2024, arXiv 2403.07652, eq. 3
     """
@@ -299,8 +305,8 @@ class TopP(LearnedRouter):
         used_NK = (before_NK < self.params.p).detach()
         used_NK[:, 0] = True
         self.record("experts", used_NK.sum(dtype=scores_NE.dtype) / max(x_ND.shape[0], 1))
-        chosen_NE = torch.zeros_like(scores_NE).scatter(1, expert_NK, used_NK.to(scores_NE.dtype))
-        weight_NK = self.with_losses(weight_NK * used_NK, chosen_NE, scores_NE, logits_NE, context)
+        first_NE = one_hot(expert_NK[:, :1], scores_NE)
+        weight_NK = self.with_losses(weight_NK * used_NK, first_NE, scores_NE, logits_NE, context)
         return Routing.per_token(expert_NK.masked_fill(~used_NK, self.n_experts), weight_NK, complete=False)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekit.components.contracts import ROLES, Linear
+from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.model.decoder import Decoder
 from sparsekit.spec.load import read_raw, validate_model
 from sparsekit.spec.model import ModelSpec
@@ -33,11 +35,25 @@ def build_model(
     model_spec = as_model_spec(spec)
     with torch.device("meta"):
         model = Decoder(model_spec)
+    _demand_known_roles(model, model_spec)
     model.to(dtype)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
         initialise(model, seed)
     return model
+
+
+def _demand_known_roles(model: nn.Module, spec: ModelSpec) -> None:
+    """Refuses a role that no projection can have, which would silently reach nothing.
+
+    Roles beside the usual ones are known only when the components that use them are built.
+    """
+    known = {*ROLES, *(module.role for module in model.modules() if isinstance(module, Linear))}
+    for name, choice in spec.slots():
+        for role in getattr(choice.params, "roles", ()):
+            if role not in known:
+                told = f"unknown role {role!r}{did_you_mean(role, known)}; roles: {', '.join(sorted(known))}"
+                raise SpecError([f"model.{name}.roles: {told}"])
 
 
 def as_model_spec(spec: SpecLike) -> ModelSpec:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsekit.components.contracts import ForwardContext
+from sparsekit.components.routers import capacity
 from sparsekit.errors import SparsekitError
 from sparsekit.model.build import build_model
 from tests.components.test_routers import best, logits_of, losses, scores_of
@@ -148,6 +149,10 @@ def by_position(experts, n_experts, capacity):
     return out
 
 
+def test_a_capacity_that_is_whole_stays_so():
+    assert [capacity(1.1, 30, 11), capacity(1.25, 8, 10), capacity(1.25, 9, 10), capacity(1.0, 0, 4)] == [3, 1, 2, 0]
+
+
 @pytest.mark.parametrize(("factor", "n_tokens"), [(1.0, 20), (1.25, 20), (0.3, 20), (2.0, 7), (1.1, 1)])
 def test_switch(router, randn, factor, n_tokens):
     made, x = router("switch", capacity_factor=factor).train(), randn(n_tokens, 6)
@@ -279,6 +284,14 @@ def test_top_p(router, randn, p, limit):
         visits.append(len(kept))
     assert float(made.experts) == pytest.approx(sum(visits) / 30, abs=1e-14)
     assert max(visits) > min(visits) or p in (0.05, 1.0) or limit
+
+
+def test_top_p_balances_first_choices(router, randn):
+    """METHODS 16: E sum_e mean(p_e) share_e, the share of tokens whose likeliest expert is e."""
+    made, x = router("top_p", p=0.7).train(), randn(30, 6)
+    made(x, ForwardContext())
+    logits = logits_of(made, x)
+    assert float(made.load_balance_loss) == pytest.approx(losses(logits, scores_of(logits, "softmax"), 1)[0], abs=1e-12)
 
 
 @pytest.mark.parametrize("dispatch", ["grouped", "loop"])

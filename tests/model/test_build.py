@@ -92,3 +92,12 @@ def test_a_module_that_nothing_fills_is_named():
 def test_a_mistake_in_the_spec_is_told_as_one(tiny):
     with pytest.raises(SpecError, match=r"^d_model: expected greater than 0, got -1$"):
         build_model(tiny(d_model=-1))
+
+
+@pytest.mark.parametrize(
+    ("slot", "value"),
+    [("linear", {"type": "masked", "roles": ["upp"]}), ("init", {"type": "normal", "roles": {"upp": 0.1}})],
+)
+def test_a_role_that_reaches_nothing_is_refused(tiny, slot, value):
+    with pytest.raises(SpecError, match=rf"^model\.{slot}\.roles: unknown role 'upp' \(did you mean 'up'\?\); roles: "):
+        build_model(tiny(**{slot: value}))
