@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
-from sparsekit.errors import SparsekitError
+from sparsekit.errors import SparsekitError, SpecError, UnknownNameError
 
-from . import catalogue, models, runs
+from . import catalogue, data, models, runs
 
 app = typer.Typer(
     name="sparsekit",
@@ -22,6 +23,7 @@ app.command()(models.describe)
 app.command()(models.validate)
 app.command()(runs.train)
 app.command()(runs.generate)
+app.command()(data.tokenize)
 app.command("list")(catalogue.list_entries)
 app.command()(catalogue.show)
 app.command()(models.schema)
@@ -32,6 +34,8 @@ def main() -> None:
     try:
         app()
     except SparsekitError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        # under torchrun all processes read the same spec: a machine's first one tells what is wrong with it
+        if not isinstance(error, (SpecError, UnknownNameError)) or os.environ.get("LOCAL_RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

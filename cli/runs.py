@@ -19,7 +19,7 @@ def train(
 ) -> None:
     """Trains a model from a spec; goes on where an earlier run of the same spec stopped."""
     from sparsekit.model.targets import SPEC, resolve
-    from sparsekit.training.trainer import train as train_spec
+    from sparsekit.training.run import train as train_spec
 
     spec = resolve(target, overrides).spec
     if out is None and (Path(target) / SPEC).exists() and resume == "auto":

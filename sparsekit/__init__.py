@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparsekit.spec.run import RunSpec
     from sparsekit.spec.schema import json_schema
     from sparsekit.spec.slot import Choice, Params, Slot, pick
-    from sparsekit.training.trainer import train
+    from sparsekit.training.run import train
 
 _HOMES = {
     "SparsekitError": "errors",
@@ -43,7 +43,7 @@ _HOMES = {
     "Params": "spec.slot",
     "Slot": "spec.slot",
     "pick": "spec.slot",
-    "train": "training.trainer",
+    "train": "training.run",
 }
 
 __all__ = [

@@ -397,13 +397,23 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "",
         ),
         "tensorboard": (
-            "sparsekit.training.callbacks:TensorBoard",
-            "Every number of metrics.jsonl as a TensorBoard scalar, in the run's folder tb/.",
+            "sparsekit.training.loggers:TensorBoard",
+            "Every number of metrics.jsonl as a TensorBoard scalar, in the run's folder tb/; texts, and histograms on request.",
+            "",
+        ),
+        "wandb": (
+            "sparsekit.training.loggers:Wandb",
+            "Every number of metrics.jsonl, and texts, to Weights & Biases; ``mode`` \"offline\" keeps them in the run's folder.",
             "",
         ),
         "sample": (
             "sparsekit.training.callbacks:Sample",
-            "Prints text that the trained model writes, at the end.",
+            "Text that the model writes: printed, and kept in samples.jsonl and by the loggers.",
+            "",
+        ),
+        "profiler": (
+            "sparsekit.training.callbacks:Profiler",
+            "torch's profiler over a range of steps: a trace for chrome://tracing or Perfetto, and the costliest operators.",
             "",
         ),
     },
@@ -421,6 +431,31 @@ BUILT_IN: dict[str, dict[str, Line]] = {
         "jsonl": (
             "sparsekit.data.sources:JSONLines",
             "JSON Lines files: one object a line, whose text is in one field.",
+            "",
+        ),
+        "parquet": (
+            "sparsekit.data.tables:Parquet",
+            "Parquet files: one document a row, whose text is in one column.",
+            "",
+        ),
+        "datasets": (
+            "sparsekit.data.tables:Datasets",
+            "A data set of the library datasets, from the hub or a local folder, streamed: one document a row.",
+            "",
+        ),
+        "shards": (
+            "sparsekit.data.shard_sources:Shards",
+            "A folder that ``sparsekit tokenize`` wrote: its tokens are read as they lie there, and no text is encoded.",
+            "",
+        ),
+        "raw_shards": (
+            "sparsekit.data.shard_sources:RawShards",
+            "Files of nothing but token ids, as OLMo and others keep them: little-endian, an end of text after each document.",
+            "",
+        ),
+        "mix": (
+            "sparsekit.data.mixing:Mix",
+            "Several sources, mixed in proportion to weights over tokens, or to their sizes where no weights are given.",
             "",
         ),
     },

@@ -35,36 +35,33 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
-    """As :func:`written_whole`, of a folder; a manifest with the size and hash of every file is added."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier, killed save left
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        files = sorted(p for p in temporary.iterdir() if p.is_file())
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for p in temporary.iterdir():
-            _sync(p)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def seal(temporary: Path, path: Path) -> None:
+    """Adds a manifest to a folder, forces all to the disk, and gives the folder its real name."""
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for p in (temporary, *temporary.rglob("*")):
+        _sync(p)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def verify(folder: Path) -> None:
     """Holds a folder against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or changed.
+        CheckpointError: a file is missing, cut short, or changed, or tensors were added.
     """
-    for name, wanted in read_object(folder / MANIFEST).items():
+    manifest, mend = read_object(folder / MANIFEST), "use an earlier checkpoint"
+    for path in folder.rglob("*.safetensors"):
+        if str(path.relative_to(folder)) not in manifest:
+            raise CheckpointError(f"{path}: was not written with the checkpoint; remove it")
+    for name, wanted in manifest.items():
         path = folder / name
-        mend = "use an earlier checkpoint"
+        if not isinstance(wanted, dict) or wanted.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{folder / MANIFEST}: is damaged; {mend}")
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing from the checkpoint; {mend}")
         if path.stat().st_size != wanted["bytes"]:

@@ -6,21 +6,22 @@ measured on is the user's bytes, not ours. (A byte-order mark is the one excepti
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import importlib.resources
 import itertools
 import json
 import lzma
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from sparsekit import spec
+from sparsekit.data.paths import as_list, find_files, open_bytes
+from sparsekit.data.splitting import Document, Tally, cut, place
+from sparsekit.data.token_set import Tokens, TokenSet
+from sparsekit.data.tokenizers import Tokenizer
 from sparsekit.errors import DataError, did_you_mean
 
 SPLITS = ("train", "validation")
@@ -43,6 +44,16 @@ class Source(ABC):
             ValueError: there is no such split.
             DataError: the text cannot be read, or the split has none.
         """
+
+    def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
+        """The split as tokens, with weights; here one stream, encoded now and held in memory.
+
+        A source whose tokens lie ready overrides this.
+
+        Raises:
+            DataError: as :meth:`documents`, or the tokens are not this tokenizer's.
+        """
+        return [(TokenSet.from_documents(self.documents(split), tokenizer), 1.0)]
 
 
 def _known(split: str) -> str:
@@ -88,44 +99,133 @@ class Embedded(Source):
             yield lzma.decompress(packed).decode("utf-8")
 
 
-# ---- local files ----
+# ---- documents that are split by us ----
 
 
 PathText = Annotated[str, Field(min_length=1)]
 
 
-class Document(NamedTuple):
-    """A text and where it begins, for errors."""
+class SplitSource(Source):
+    """Base of the sources that split their documents into training and validation, unless the user did.
 
-    text: str
-    where: str
+    Where the user did not, a document is validation if a hash of its text, read as a number in [0, 1), is below
+    ``validation_fraction``: so adding documents moves none from one side to the other, and equal documents stay
+    together. A lone document gives its last fraction, cut at a line boundary.
 
-
-class LocalFiles(Source):
-    """Base of the sources that read local files and split their documents into training and validation.
-
-    Where no ``validation_path`` is given, a document is validation if a hash of its text, read as a number in [0, 1),
-    is below ``validation_fraction``: so adding files moves no document from one side to the other, and equal
-    documents stay together. A lone document gives its last fraction, cut at a line boundary.
+    Attributes:
+        n_blank: documents without text that were skipped, of all that were read so far.
     """
 
     class Params(Source.Params):
-        path: PathText | list[PathText]
-        validation_path: PathText | list[PathText] | None = None
         validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
+    mend: ClassVar[str]  # the parameter by which the user names validation documents
+
+    def __init__(self, params: Any):
+        super().__init__(params)
+        self.n_blank = 0
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """What the documents are read from, for errors."""
+
+    @property
+    def is_split_by_user(self) -> bool:
+        """Whether validation documents are named, and none taken from the training documents."""
+        return getattr(self.params, self.mend) is not None
+
+    @abstractmethod
+    def read_split(self, split: str) -> Iterator[Document]:
+        """The documents of a split as the user named it; where they named one only, ``"train"`` is all there is."""
+
+    def documents(self, split: str) -> Iterator[str]:
+        _known(split)
+        if self.is_split_by_user:
+            for document in self.read_split(split):
+                yield document.text
+            return
+        n_taken = 0
+        tally = Tally()
+        for side, text in self._placed(tally):
+            if side == split:
+                n_taken += 1
+                yield text
+        if not n_taken:
+            raise self._none_left(split, tally)
+
+    def placed(self) -> Iterator[tuple[str, str]]:
+        """(split, text) of the documents of both splits in one pass, for a source that the user did not split.
+
+        Raises:
+            DataError: as :meth:`documents`, for either split.
+        """
+        tally = Tally()
+        missing = set(SPLITS)
+        for side, text in self._placed(tally):
+            missing.discard(side)
+            yield side, text
+        if missing:
+            raise self._none_left(min(missing), tally)
+
+    def _placed(self, tally: Tally) -> Iterator[tuple[str, str]]:
+        documents, fraction = self.read_split("train"), self.params.validation_fraction
+        first, second = next(documents, None), next(documents, None)
+        if first is None:
+            raise DataError(f"{self.origin}: holds no text; fill it or leave it out")
+        if second is None:
+            yield from zip(SPLITS, cut(first, fraction, self.mend), strict=True)
+            return
+        for document in itertools.chain((first, second), documents):
+            at = place(document.text)
+            tally.n, tally.lowest, tally.highest = tally.n + 1, min(tally.lowest, at), max(tally.highest, at)
+            yield SPLITS[at < fraction], document.text
+
+    def _none_left(self, split: str, tally: Tally) -> DataError:
+        name, fraction = "training" if split == "train" else "validation", self.params.validation_fraction
+        enough = (int(tally.lowest * 1e4) + 1) / 1e4  # takes the lowest into validation, and leaves the highest
+        mend = f"set validation_fraction to {enough}, or give" if enough <= tally.highest else "give"
+        return DataError(
+            f"{self.origin}: no {name} documents: validation_fraction {fraction} leaves that part none of the "
+            f"{tally.n}; {mend} {self.mend}"
+        )
+
+    def keeps(self, text: str, what: str) -> bool:
+        """Whether a document has text; one that has none is counted, or else an error.
+
+        Raises:
+            DataError: it has none, and the user did not say to skip such.
+        """
+        if text.strip():
+            return True
+        if not self.params.skip_blank:
+            raise DataError(f"{what} holds no text; fill it or remove the line, or set data.source.skip_blank")
+        self.n_blank += 1
+        return False
+
+
+class LocalFiles(SplitSource):
+    """Base of the sources that read local files: see :class:`SplitSource` for the split."""
+
+    class Params(SplitSource.Params):
+        path: PathText | list[PathText]
+        validation_path: PathText | list[PathText] | None = None
+
     suffix: ClassVar[str]  # of the files that a folder stands for
+    mend = "validation_path"
 
     @abstractmethod
     def read(self, path: Path) -> Iterator[Document]:
         """The documents of one file, in order."""
 
-    def documents(self, split: str) -> Iterator[str]:
-        _known(split)
+    @property
+    def origin(self) -> str:
+        return ", ".join(as_list(self.params.path))
+
+    def read_split(self, split: str) -> Iterator[Document]:
         train_files = find_files(self.params.path, "path", self.suffix)
         if self.params.validation_path is None:
-            yield from self._split(self._read_all(train_files), split)
-            return
+            return self._read_all(train_files)
         validation_files = find_files(self.params.validation_path, "validation_path", self.suffix)
         both = {file.resolve() for file in train_files} & {file.resolve() for file in validation_files}
         if both:
@@ -133,8 +233,7 @@ class LocalFiles(Source):
                 f"{min(both)}: is in both path and validation_path; take it out of one, "
                 "or leave out validation_path to have a fraction held out"
             )
-        for document in self._read_all(train_files if split == "train" else validation_files):
-            yield document.text
+        return self._read_all(train_files if split == "train" else validation_files)
 
     def _read_all(self, files: Iterable[Path]) -> Iterator[Document]:
         for file in files:
@@ -145,55 +244,13 @@ class LocalFiles(Source):
             if not n_documents:
                 raise DataError(f"{file}: holds no text; fill it or leave it out")
 
-    def _split(self, documents: Iterator[Document], split: str) -> Iterator[str]:
-        first, second = next(documents), next(documents, None)  # there is a first: an empty file is an error
-        if second is None:
-            yield _cut(first, self.params.validation_fraction)[SPLITS.index(split)]
-            return
-        n_documents, n_taken, lowest, highest = 0, 0, 1.0, 0.0
-        for document in itertools.chain((first, second), documents):
-            place = _place(document.text)
-            n_documents, lowest, highest = n_documents + 1, min(lowest, place), max(highest, place)
-            if (place < self.params.validation_fraction) == (split == "validation"):
-                n_taken += 1
-                yield document.text
-        if not n_taken:
-            name, fraction = "training" if split == "train" else "validation", self.params.validation_fraction
-            enough = (int(lowest * 1e4) + 1) / 1e4  # takes the lowest into validation, and leaves the highest
-            mend = f"set validation_fraction to {enough}, or give" if enough <= highest else "give"
-            raise DataError(
-                f"{', '.join(_as_list(self.params.path))}: no {name} documents: validation_fraction {fraction} leaves "
-                f"that part none of the {n_documents}; {mend} validation_path"
-            )
-
-
-def _place(text: str) -> float:
-    """Where a document stands between 0 and 1: 52 bits of its hash, so that the float is exact and below 1."""
-    return (int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 12) / 2**52
-
-
-def _cut(document: Document, fraction: float) -> tuple[str, str]:
-    """A lone document as (training, validation), cut after the line end nearest to where the fraction begins."""
-    text = document.text
-    first = text.find("\n", len(text) - len(text.lstrip())) + 1  # cut earlier or later, one side would be blank
-    last = text.rfind("\n", 0, len(text.rstrip())) + 1
-    if not 0 < first <= last:
-        raise DataError(
-            f"{document.where}: no validation documents: the only document has no line boundary to be cut at; "
-            "give validation_path, or more documents"
-        )
-    goal = round(len(text) * (1 - fraction))
-    near = min(max(goal, first), last)
-    before, after = text.rfind("\n", 0, near) + 1, text.find("\n", near, last) + 1 or last
-    cut = min(before, after, key=lambda place: abs(place - goal))
-    return text[:cut], text[cut:]
-
 
 class TextFiles(LocalFiles):
     """Plain UTF-8 text files, each one document, or several where a separator line divides them.
 
-    ``path`` names files, globs, or folders (their *.txt). A line that holds only ``separator`` ends a document and
-    belongs to none; what holds nothing but white space is no document. See :class:`LocalFiles` for the split.
+    ``path`` names files, globs, or folders (their *.txt), compressed or not (.gz, .bz2, .xz, .zst). A line that holds
+    only ``separator`` ends a document and belongs to none; what holds nothing but white space is no document. See
+    :class:`SplitSource` for the split.
     """
 
     class Params(LocalFiles.Params):
@@ -210,7 +267,7 @@ class TextFiles(LocalFiles):
 
     def read(self, path: Path) -> Iterator[Document]:
         if self.params.separator is None:
-            with _open(path) as file:
+            with open_bytes(path) as file:
                 text = decode(file.read(), path)
             if text.strip():
                 yield Document(text, str(path))
@@ -231,19 +288,25 @@ class TextFiles(LocalFiles):
 class JSONLines(LocalFiles):
     """JSON Lines files: one object a line, whose text is in one field.
 
-    ``path`` names files, globs, or folders (their *.jsonl). Blank lines are skipped. See :class:`LocalFiles` for the
-    split.
+    ``path`` names files, globs, or folders (their *.jsonl), compressed or not (.gz, .bz2, .xz, .zst). Blank lines are
+    skipped; a row without text is an error, or with ``skip_blank`` skipped and counted. See :class:`SplitSource` for
+    the split.
     """
 
     class Params(LocalFiles.Params):
         field: str = "text"
+        skip_blank: bool = False
 
     suffix = ".jsonl"
 
     def read(self, path: Path) -> Iterator[Document]:
         for number, offset, line in read_lines(path):
-            if line.strip():
-                yield Document(self._text(line, f"{path}:{number} (byte {offset})"), f"{path}:{number}")
+            if not line.strip():
+                continue
+            where = f"{path}:{number} (byte {offset})"
+            text = self._text(line, where)
+            if self.keeps(text, f"{where}: field {self.params.field!r}"):
+                yield Document(text, f"{path}:{number}")
 
     def _text(self, line: str, where: str) -> str:
         field = self.params.field
@@ -261,8 +324,6 @@ class JSONLines(LocalFiles):
         text = row[field]
         if not isinstance(text, str):
             raise DataError(f"{where}: field {field!r} is {_kind(text)}, not a string; set data.source.field")
-        if not text.strip():
-            raise DataError(f"{where}: field {field!r} holds no text; fill it or remove the line")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -277,54 +338,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-# ---- files and bytes ----
-
-
-def _as_list(paths: str | list[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths
-
-
-def find_files(paths: str | list[str], name: str, suffix: str) -> list[Path]:
-    """The files that paths, globs and folders stand for: in the order given, sorted within each, each file once.
-
-    Args:
-        paths: relative to the working directory; ``~`` is the home folder and ``**`` any depth.
-        name: the parameter they come from, for errors.
-        suffix: of the files that a folder stands for.
-
-    Raises:
-        DataError: one of them stands for no file.
-    """
-    found: dict[Path, Path] = {}
-    for text in _as_list(paths):
-        path = Path(os.path.expanduser(text))
-        if path.is_dir():
-            # hidden files are no text of the user's: macOS leaves a binary ._name beside every file on foreign disks
-            files = sorted(file for file in path.glob(f"[!.]*{suffix}") if file.is_file())
-            if not files:
-                raise DataError(f"{path}: the folder has no *{suffix} file; name the files in data.source.{name}")
-        elif path.exists() or not glob.has_magic(text):  # a name may hold brackets and be no glob
-            files = [path]
-        else:
-            files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
-            if not files:
-                raise DataError(f"{path}: matches no file (from {Path.cwd()}); mend data.source.{name}")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    if not found:
-        raise DataError(f"data.source.{name}: names no file; give at least one")
-    return list(found.values())
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        siblings = [file.name for file in path.parent.glob("*")]
-        near = did_you_mean(path.name, siblings)
-        raise DataError(f"{path}: no such file{near}; paths are relative to {Path.cwd()}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; mend that, or leave it out") from None
+# ---- bytes to text ----
 
 
 def decode(data: bytes, path: Path, line: int = 1, offset: int = 0) -> str:
@@ -356,7 +370,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, str]]:
     Text mode and ``str.splitlines`` also break at U+2028, form feeds and others, which are part of the text.
     """
     offset = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             yield number, offset, decode(line, path, number, offset)
             offset += len(line)

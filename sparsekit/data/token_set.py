@@ -15,7 +15,7 @@ CHUNK = 1 << 23  # characters encoded at a time: enough to keep every core busy,
 
 
 class Tokens(Protocol):
-    """What windows are cut from, wherever it lies: N tokens, of which every document's last is an end of text.
+    """What windows are cut from, wherever it lies: N tokens; every document's last is an end of text, and no other.
 
     Attributes:
         n_documents: how many documents.
@@ -60,6 +60,8 @@ class TokenSet:
 
     def rows(self, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
         """As :meth:`Tokens.rows`."""
+        if len(begins_B) and begins_B.max() <= len(self) - length:
+            return rows_inside(self.tokens, begins_B, length)
         places = begins_B[:, None] + np.arange(length)
         return self.tokens[np.minimum(places, len(self) - 1)]
 
@@ -79,24 +81,50 @@ class TokenSet:
         return digest.hexdigest()
 
     @classmethod
-    def from_documents(cls, documents: Iterable[str], tokenizer: Tokenizer) -> TokenSet:
+    def from_documents(cls, documents: Iterable[str], tokenizer: Tokenizer, enough: int | None = None) -> TokenSet:
         """Encodes every document whole; nothing is dropped or cut.
+
+        Args:
+            documents: the text.
+            tokenizer: encodes it.
+            enough: reads on only until there are so many tokens; null for all.
 
         Raises:
             DataError: as reading the documents and encoding them do.
         """
         parts: list[Ids] = []
         lengths: list[int] = []
-        n_bytes = 0
+        n_tokens = n_bytes = 0
         end = np.array([tokenizer.eos_id], dtype=tokenizer.dtype)
-        for texts in _chunks(documents):
-            n_bytes += sum(len(text.encode()) for text in texts)
-            for ids in tokenizer.encode_batch(texts):
-                parts += (ids, end)
-                lengths.append(len(ids) + 1)
+        for text, ids in _encoded(documents, tokenizer):
+            n_bytes += len(text.encode())
+            parts += (ids, end)
+            lengths.append(len(ids) + 1)
+            n_tokens += len(ids) + 1
+            if enough is not None and n_tokens >= enough:
+                break
         tokens = np.concatenate(parts) if parts else end[:0]
         starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         return cls(tokens, starts.astype(np.int64), n_bytes)
+
+
+def rows_inside(tokens: Ids, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
+    """[B, length] tokens from each begin on, a copy, all of them inside: a memcpy a row, not an index a token.
+
+    Args:
+        tokens: [N], contiguous, in memory or mapped into it.
+        begins_B: integers in [0, N - length].
+        length: of a row.
+    """
+    step = tokens.itemsize
+    every = np.ndarray((len(tokens) - length + 1, length), tokens.dtype, tokens, strides=(step, step))  # overlapping
+    rows: Ids = every[begins_B]
+    return rows
+
+
+def _encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, Ids]]:
+    for texts in _chunks(documents):
+        yield from zip(texts, tokenizer.encode_batch(texts), strict=True)
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:

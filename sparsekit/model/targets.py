@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from sparsekit.errors import CheckpointError, SpecError
 from sparsekit.files import verify
 from sparsekit.model.build import build_model
 from sparsekit.model.decoder import Decoder
+from sparsekit.model.weights import WEIGHTS, load_weights
 from sparsekit.spec.load import load_spec
 from sparsekit.spec.run import RunSpec
 
-SPEC, TOKENIZER, MODEL, METRICS, CHECKPOINTS = (
-    "spec.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "checkpoints",
-)  # fmt: skip
+SPEC, TOKENIZER, METRICS, CHECKPOINTS = "spec.json", "tokenizer.json", "metrics.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,9 @@ def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
         return Target(load_spec(path, overrides))
     if not (path / SPEC).exists():
         raise SpecError([f"{path}: is neither a run nor a checkpoint (it holds no {SPEC})"])
-    if not (path / MODEL).exists() and not (path / CHECKPOINTS).is_dir():
-        raise CheckpointError(f"{path}: holds no weights ({MODEL} is missing)")
-    if not (path / MODEL).exists():
+    if not (path / WEIGHTS).is_dir() and not (path / CHECKPOINTS).is_dir():
+        raise CheckpointError(f"{path}: holds no weights ({WEIGHTS} is missing)")
+    if not (path / WEIGHTS).is_dir():
         checkpoints = Run(path).checkpoints
         if not checkpoints:
             raise CheckpointError(f"{path}: the run has no checkpoint yet")
@@ -103,26 +100,5 @@ def load_model(target: str | Path | Run | Target, *, device: str | torch.device 
         return build_model(target.spec, seed=target.spec.train.seed, device=device).eval()
     verify(target.checkpoint)
     model = build_model(target.spec, device=device)
-    load_weights(model, target.checkpoint / MODEL)
+    load_weights(model, target.checkpoint / WEIGHTS)
     return model.eval()
-
-
-def load_weights(model: Decoder, path: Path) -> None:
-    """Reads a model's parameters from a safetensors file.
-
-    Raises:
-        CheckpointError: the file is damaged, or its tensors are not the model's.
-    """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    wanted = model.state_dict()
-    for name in [*wanted, *(name for name in tensors if name not in wanted)]:
-        if name not in tensors or name not in wanted:
-            where = "the checkpoint" if name not in tensors else "the spec"
-            raise CheckpointError(f"{path}: {name} is missing from {where}; is it a checkpoint of another spec?")
-        if tensors[name].shape != wanted[name].shape:
-            shapes = f"{list(tensors[name].shape)}, but the spec says {list(wanted[name].shape)}"
-            raise CheckpointError(f"{path}: {name} is {shapes}; is it a checkpoint of another spec?")
-    model.load_state_dict(tensors)

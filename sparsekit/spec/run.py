@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from sparsekit.spec.facts import Facts, check_choice
 from sparsekit.spec.model import ModelSpec, raise_problems
 from sparsekit.spec.slot import Choice, Params, Slot, pick
 
 
+class StreamingSpec(Params):
+    """Documents read and encoded while training, for text too large to be encoded before.
+
+    ``buffer`` is how many windows each reader shuffles among, ``workers`` how many processes a rank reads with (0:
+    none beside its own). Of a validation text only documents up to ``validation_tokens`` are read; null for all.
+    """
+
+    buffer: PositiveInt = 2048
+    workers: NonNegativeInt = 0
+    validation_tokens: PositiveInt | None = 1_000_000
+
+
 class DataSpec(Params):
     """Where text comes from, how it becomes tokens, and how tokens become sequences.
 
     ``seq_len`` defaults to the model's ``max_seq_len``. With ``document_mask`` no token attends to another document
-    in its sequence, and none is predicted across a boundary.
+    in its sequence, and none is predicted across a boundary. ``validation`` names further texts to validate on: of
+    each source what it holds out, as of the main one, so that a source may be trained and validated on.
     """
 
     source: Annotated[Choice, Slot("source")] = pick("embedded")
     tokenizer: Annotated[Choice, Slot("tokenizer")] = pick("byte")
     seq_len: PositiveInt | None = None
     document_mask: bool = False
+    validation: dict[str, Annotated[Choice, Slot("source")]] = Field(default_factory=dict)
+    streaming: StreamingSpec | None = None
+
+    @field_validator("validation")
+    @classmethod
+    def _names_are_free(cls, validation: dict[str, Choice]) -> dict[str, Choice]:
+        for name in validation:
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "val":
+                rule = "a name is of small letters, digits and _, and not 'val', the source's own"
+                raise ValueError(f"{name!r}: {rule}")
+        return validation
+
+    def slots(self) -> Iterator[tuple[str, Choice]]:
+        yield from super().slots()
+        yield from ((f"validation.{name}", choice) for name, choice in self.validation.items())
 
 
 class KeepSpec(Params):
@@ -33,12 +63,21 @@ class KeepSpec(Params):
     best: bool = True
 
 
+class StatisticsSpec(Params):
+    """What every layer does, collected while training: each ``every`` steps, with moments of the activations or not."""
+
+    every: PositiveInt = 100
+    moments: bool = True
+
+
 class TrainSpec(Params):
     """How a model is trained.
 
     Its length is ``max_steps``, ``max_tokens`` or ``max_epochs`` (one epoch where none is given). A step takes
     ``global_batch_tokens`` tokens in micro-batches of ``micro_batch_size`` sequences. The ``*_every`` fields count
-    steps; null means only at the end.
+    steps; null means only at the end. An update that is not finite is left out: ``on_nonfinite`` says whether
+    training then stops or goes on and counts it. ``statistics`` logs what every layer does. ``peak_flops`` (FLOP/s
+    of one device) stands for the table by which MFU is told.
     """
 
     max_steps: PositiveInt | None = None
@@ -50,11 +89,14 @@ class TrainSpec(Params):
     optimizer: Annotated[Choice, Slot("optimizer")] = pick("adamw")
     schedule: Annotated[Choice, Slot("schedule")] = pick("cosine")
     max_grad_norm: PositiveFloat | None = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     seed: NonNegativeInt = 0
     device: str = "auto"
     log_every: PositiveInt = 10
+    statistics: StatisticsSpec | None = None
+    peak_flops: PositiveFloat | None = None
     eval_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
     checkpoint_every: PositiveInt | None = None

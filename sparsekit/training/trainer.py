@@ -1,146 +1,106 @@
-"""The training loop: from a run spec to a run folder."""
+"""The training loop: batches in, updates, and what is logged, evaluated and saved on the way."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekit.components.contracts import Component, ForwardContext, counters
-from sparsekit.data.dataset import load_text
-from sparsekit.data.loader import Loader, validation_batches
-from sparsekit.data.packing import Batch, Windows
-from sparsekit.data.token_set import TokenSet
-from sparsekit.errors import CheckpointError, SparsekitError, SpecError
+from sparsekit.data.dataset import OWN, load_data
+from sparsekit.data.packing import Batch, HostBatch
+from sparsekit.data.prefetch import Prefetched
+from sparsekit.errors import SparsekitError, SpecError
 from sparsekit.files import write_json
 from sparsekit.model.build import build_model
 from sparsekit.model.targets import SPEC, TOKENIZER, Run
 from sparsekit.spec.load import dump, with_packages
 from sparsekit.spec.run import RunSpec
 from sparsekit.training import checkpoint
-from sparsekit.training.checkpoint import Progress
+from sparsekit.training.checkpoint import Progress, Saver
+from sparsekit.training.distributed import SAVE, STOP, Agreement, World, usable
+from sparsekit.training.evaluation import Evaluation
+from sparsekit.training.gradients import Gradients, clip_factor, masked_step
+from sparsekit.training.hardware import Meter, peak_flops
 from sparsekit.training.metrics import MetricsLog
-
-NATS_PER_BIT = math.log(2)
-
-
-def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto") -> Run:
-    """Trains a model from a spec into a run folder.
-
-    Args:
-        spec: what to train.
-        out: the run folder; by default ``runs/<name>``.
-        resume: "auto" goes on from the folder's newest whole checkpoint if there is one; "never" starts over, and
-            moves an earlier run aside; a path goes on from that checkpoint.
-
-    Raises:
-        SparsekitError: a mistake of the user's, in one line.
-    """
-    run = Run(Path(out) if out is not None else Path("runs") / spec.name)
-    start = _starting_point(run, spec, resume)
-    if start is None:
-        (run.folder / TOKENIZER).unlink(missing_ok=True)  # of a run that never came to save anything
-    trainer = Trainer(spec, run)
-    if start is not None:
-        trainer.restore(start)
-    if trainer.progress.step >= trainer.total_steps:
-        print(
-            f"{run.folder}: already finished, at step {trainer.progress.step}; "
-            f"raise train.max_steps to go on, or start over with --resume never",
-            file=sys.stderr,
-        )
-        return run
-    trainer.fit()
-    return run
-
-
-def _starting_point(run: Run, spec: RunSpec, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start in a folder that holds no other run."""
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such checkpoint; give a checkpoint's folder, a run's, auto or never")
-        if path.name.startswith("step-"):
-            found: Path | None = path
-        else:
-            found, damaged = checkpoint.newest_whole(Run(path))
-            if found is None:
-                raise CheckpointError(damaged[0] if damaged else f"{path}: holds no checkpoint")
-    elif resume == "never":
-        if (run.folder / SPEC).exists():
-            _move_aside(run.folder)
-        return None
-    else:
-        found, damaged = checkpoint.newest_whole(run)
-        if found is None and damaged:
-            raise CheckpointError(damaged[0])
-        for line in damaged:
-            print(f"{line}; going on from {found}", file=sys.stderr)
-    if found is not None:
-        checkpoint.demand_same_spec(found, spec)
-    return found
-
-
-def _move_aside(folder: Path) -> None:
-    number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.old-{n}").exists())
-    aside = folder.with_name(f"{folder.name}.old-{number}")
-    folder.rename(aside)
-    print(f"{folder}: an earlier run was moved to {aside}", file=sys.stderr)
+from sparsekit.training.parallel import parallelise
+from sparsekit.training.statistics import LayerStatistics
+from sparsekit.training.watch import Late, SpikeWatch, StepReport, first_not_finite
 
 
 class Trainer:
-    """Everything a run is made of while it runs.
+    """Everything a run is made of while it runs, on one of the processes that train it.
 
     Attributes:
         spec, run: what is trained, and into which folder.
+        world: which process of how many this is.
+        agreement: through which any of them asks all to save or to stop.
         model, optimizer, tokenizer: built from the spec.
+        loader: this rank's batches.
         progress: how far it is.
         total_steps: how far it goes.
     """
 
-    def __init__(self, spec: RunSpec, run: Run):
+    def __init__(self, spec: RunSpec, run: Run, world: World | None = None, agreement: Agreement | None = None):
         settings = spec.train
         self.spec, self.run = with_packages(spec), run
-        self.device = _device(settings.device)
+        self.world = world or World(usable(settings.device))
+        self.agreement = agreement or Agreement(self.world)
+        self.device = self.world.device
         run.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer, train_set, validation_set = load_text(
-            spec.data.source, spec.data.tokenizer, run.folder / TOKENIZER
+        micro_batches, rest = divmod(spec.global_batch_tokens, spec.micro_batch_tokens * self.world.size)
+        if rest:
+            told = f"{spec.global_batch_tokens} tokens are not a multiple of {self.world.size} processes' micro-batches"
+            problem = f"train.global_batch_tokens: {told} of {spec.micro_batch_tokens} tokens"
+            raise self.world.alike(SpecError([problem]))
+        self.micro_batches: int = micro_batches
+        self.world.from_main(self._read_data)  # which may train a tokenizer, once
+        if self.world.size > 1:
+            self.world.together(lambda: None if self.is_main else self._read_data())
+        self.tokenizer = self.data.tokenizer
+        self.loader = Prefetched(
+            self.data.loader(spec.seq_len, settings.seed, settings.micro_batch_size, self.world.rank, self.world.size),
+            pin=self.device.type == "cuda",
         )
-        self.validation_set = validation_set
-        self.windows = Windows(train_set, spec.seq_len, spec.data.document_mask)
-        self.validation_windows = Windows(validation_set, spec.seq_len, spec.data.document_mask)
-        self.loader = Loader(self.windows, settings.seed)
-        self.data_identity = {"train": _identity(train_set), "validation": _identity(validation_set)}
-        torch.manual_seed(settings.seed)
+        self.evaluation = Evaluation(
+            self.data.validation, spec.seq_len, spec.data.document_mask, settings.micro_batch_size,
+            settings.eval_tokens and max(1, settings.eval_tokens // spec.seq_len), self.world, self._asked_to_stop,
+        )  # fmt: skip
+        torch.manual_seed(settings.seed + 1_000_003 * self.world.rank)  # of what is drawn in training
         self.model = build_model(spec.model, seed=settings.seed, device=self.device)
         _demand_causal(self.model, spec.model.allow_leak)
+        parallelise(self.model, self.world, settings.compile)
         components = [module for module in self.model.modules() if isinstance(module, Component)]
         self.moved_by_rule = [m for m in components if type(m).after_step is not Component.after_step]
-        if settings.compile:
-            for layer in self.model.layers:
-                layer.compile()
         self.objective = settings.objective.cls(settings.objective.params)
         self.optimizer: torch.optim.Optimizer = settings.optimizer.cls(settings.optimizer.params).build(self.model)
         for group in self.optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+        self.gradients = Gradients(self.model, self.world)
         self.schedule = settings.schedule.cls(settings.schedule.params)
         self.callbacks = [choice.cls(choice.params) for choice in settings.callbacks]
-        self.sequences_per_step = spec.global_batch_tokens // spec.seq_len
         self.total_steps = self._count_steps()
         self.progress = Progress()
-        self.signal: int | None = None
-        self._saved_step = 0
+        self.saver = Saver(run, self.spec, self.world)
+        self.stopping = False
+        self._late, self._spikes = Late(self.device), SpikeWatch()
+        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)  # an update was not finite
+        self._recent: deque[tuple[int, list[HostBatch]]] = deque(maxlen=2)  # the last steps' batches, to find a cause
+
+    def _read_data(self) -> None:
+        self.data = load_data(self.spec.data, self.run.folder / TOKENIZER)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.world.is_main
 
     def _count_steps(self) -> int:
         settings = self.spec.train
@@ -148,151 +108,260 @@ class Trainer:
             return settings.max_steps
         if settings.max_tokens is not None:
             return math.ceil(settings.max_tokens / self.spec.global_batch_tokens)
+        if self.spec.data.streaming is not None:
+            raise SpecError(["train.max_steps: a stream has no known length; give max_steps or max_tokens"])
         epochs = settings.max_epochs or 1.0
-        return max(1, math.ceil(epochs * len(self.windows) / self.sequences_per_step))
+        return max(1, math.ceil(epochs * self.loader.n_windows / (self.spec.global_batch_tokens // self.spec.seq_len)))
 
     def restore(self, folder: Path) -> None:
-        """Goes back to a checkpoint."""
-        self.progress = checkpoint.load(folder, self.model, self.optimizer, self.data_identity)
-        self._saved_step = self.progress.step
+        """Goes back to a checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of other text.
+            DataError: a stream that was read by another number of processes.
+        """
+        restored = checkpoint.load(folder, self.model, self.optimizer, self.data.identity, self.world)
+        self.progress = restored.progress
+        places = restored.places  # a stream refuses another rank's, or that of another number of ranks
+        self.world.together(lambda: self.loader.restore(places[min(self.world.rank, len(places) - 1)]))
+        self.saver.saved_step = self.progress.step
+
+    def close(self) -> None:
+        """Ends what runs in the background; a checkpoint under way is finished first."""
+        self.saver.finish()
+        self.loader.close()
 
     def fit(self) -> None:
         """Trains to the end, or until a signal asks to stop; either way the last step is saved."""
         settings = self.spec.train
-        write_json(self.run.folder / SPEC, dump(self.spec))
-        checkpoint.clear_unfinished(self.run)
+        if self.is_main:
+            write_json(self.run.folder / SPEC, dump(self.spec))
+            checkpoint.clear_unfinished(self.run, self.progress.step)
         finished = False
-        with MetricsLog(self.run.folder, self.progress.step) as log, self._signals():
+        with MetricsLog(self.run.folder, self.progress.step) if self.is_main else contextlib.nullcontext() as log:
             started: list[Any] = []
             try:
                 for callback in self.callbacks:
                     started.append(callback)
                     callback.on_start(self)
-                self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
-                while self.progress.step < self.total_steps and self.signal is None:
+                meter = self._meter()
+                while self.progress.step < self.total_steps:
+                    asked = self.agreement.poll()
+                    if self.stopping or STOP in asked:
+                        break
                     step = self.progress.step + 1
                     last = step == self.total_steps
                     due_eval = last or _due(step, settings.eval_every)
-                    due_log = due_eval or step == 1 or _due(step, settings.log_every)
-                    told = self.step(collect=due_log)
+                    statistics = None
+                    if settings.statistics is not None and _due(step, settings.statistics.every):
+                        statistics = LayerStatistics(self.model, settings.statistics.moments)
+                    due_log = due_eval or step == 1 or _due(step, settings.log_every) or statistics is not None
+                    told = self.step(due_log, statistics)
+                    if last:
+                        self._look_at(self._late.take())
                     if due_log:
-                        self._log(log, told, due_eval)
+                        speed = meter.read(self.progress.tokens, self.loader.wait_seconds)
+                        layers = {} if statistics is None else statistics.rows(self.world.sum(statistics.stacked))
+                        self._log(log, {**told, **speed, **layers}, due_eval)
                     improved = settings.keep.best and due_eval and self.progress.best_step == step
-                    if last or improved or _due(step, settings.checkpoint_every):
+                    if improved or SAVE in asked or _due(step, settings.checkpoint_every):
                         self._save()
+                    self._tell_saved(self.saver.poll())
                     for callback in self.callbacks:
                         callback.on_step(self)
-                if self._saved_step != self.progress.step:  # asked to stop between checkpoints
+                self.agreement.settle()
+                self._look_at(self._late.take())
+                self._tell_saved(self.saver.finish())
+                unsaved = self.saver.saved_step != self.progress.step and self.progress.step > 0
+                if self.world.from_main(lambda: unsaved):  # it has looked at what all have written
                     self._save()
+                    self._tell_saved(self.saver.finish(demand=True))
                 finished = self.progress.step >= self.total_steps
             finally:
                 for callback in started:
                     callback.on_end(self, finished)
-        if not finished:
-            print(f"{self.run.folder}: stopped and saved at step {self.progress.step}", file=sys.stderr)
+        if not finished and self.is_main:
+            where = f"and saved at step {self.progress.step}" if self.progress.step else "before the first step"
+            print(f"{self.run.folder}: stopped {where}", file=sys.stderr)
 
-    def step(self, collect: bool = False) -> dict[str, Tensor | float]:
+    def step(self, collect: bool = False, statistics: LayerStatistics | None = None) -> dict[str, Tensor | float]:
         """One update: its loss (mean nats a target), gradient norm before clipping and learning rate.
 
-        With ``collect`` also what components counted (auxiliary losses and the like), averaged over layers and, by
-        targets, over micro-batches. Everything stays on the device: nobody waits for a number that is not logged.
+        With ``collect`` also the norm of all parameters and what components counted (auxiliary losses and the like),
+        averaged over layers and, by targets, over micro-batches and ranks; ``statistics`` collects its own. Everything
+        stays on the device: nobody waits for a number that is not logged. An update that is not finite is left out.
         """
-        settings = self.spec.train
         self.model.train()
-        batches = list(self._micro_batches())
-        n_targets = max(1, sum(batch.n_targets for batch in batches))  # a document mask can leave none
-        losses: list[Tensor] = []
+        batches = [self.loader.next() for _ in range(self.micro_batches)]
+        self._recent.append((self.progress.step + 1, batches))
+        n_targets = self._all_targets(batches)  # a document mask can leave none
+        loss_sum = torch.zeros((), device=self.device)
         counted: dict[str, Tensor] = {}
         by_rule: dict[Component, dict[str, Tensor]] = {module: {} for module in self.moved_by_rule}
-        for batch in batches:
-            context = self._context(batch, n_targets)
-            with self._autocast():
-                loss = self.objective(self.model, batch, context)
-            (loss / n_targets).backward()
-            losses.append(loss.detach())
+        for host_batch in batches:
+            batch = host_batch.to(self.device, non_blocking=True)
             share = batch.n_targets / n_targets
+            context = self._context(batch, share * self.world.size)
+            with statistics.collecting(share) if statistics is not None else contextlib.nullcontext():
+                with self._autocast():
+                    loss = self.objective(self.model, batch, context)
+                (loss * (self.world.size / n_targets)).backward()  # ranks' gradients are averaged
+            loss_sum = loss_sum + loss.detach()
             if collect:
                 for name, value in self._counters().items():
                     counted[name] = counted.get(name, 0) + value * share
             for module, sums in by_rule.items():
                 for name in module.counters:
                     sums[name] = sums.get(name, 0) + getattr(module, name) * share
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = settings.max_grad_norm if settings.max_grad_norm is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        factor = self.schedule.factor(self.progress.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for callback in self.callbacks:
+            callback.on_gradients(self)
+        if statistics is not None:
+            statistics.norms()
+        if collect:
+            counted["param_norm"] = self.gradients.parameter_squares()
+        loss, norm = self._update(loss_sum / n_targets)
+        self._sum_over_ranks([counted, *by_rule.values()])
+        if collect:
+            counted["param_norm"] = counted["param_norm"].sqrt()
         for module, sums in by_rule.items():
             module.after_step(sums)
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
-            sequences=self.progress.sequences + self.sequences_per_step,
             tokens=self.progress.tokens + self.spec.global_batch_tokens,
         )
-        loss = torch.stack(losses).sum() / n_targets
         return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, **counted}
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        size = self.spec.train.micro_batch_size
-        for offset in range(0, self.sequences_per_step, size):
-            yield self.loader.batch(self.progress.sequences + offset, size).to(self.device)
+    def _sum_over_ranks(self, counted: list[dict[str, Tensor]]) -> None:
+        """Replaces each number by its sum over ranks, in one message."""
+        values = [value for numbers in counted for value in numbers.values()]
+        if self.world.size == 1 or not values:
+            return
+        summed = self.world.sum(torch.cat([value.flatten() for value in values])).split([v.numel() for v in values])
+        parts = iter([part.view_as(value) for part, value in zip(summed, values, strict=True)])
+        for numbers in counted:
+            numbers.update({name: next(parts) for name in numbers})
 
-    def _context(self, batch: Batch, n_targets: int) -> ForwardContext:
-        # tensors, not numbers: a compiled block would be compiled again for every new number
-        return ForwardContext(
-            documents_BT=batch.documents_BT,
-            progress=torch.tensor(self.progress.step / self.total_steps, device=self.device),
-            loss_scale=torch.tensor(batch.n_targets / n_targets, device=self.device),
-        )
+    def _all_targets(self, batches: list[HostBatch]) -> Any:
+        """How many targets a step has, on all ranks; of several ranks only the device knows."""
+        mine = max(1, sum(batch.n_targets for batch in batches))
+        if self.world.size == 1:
+            return mine
+        return self.world.sum(torch.full((), float(mine), device=self.device))
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips and applies the gradients: (loss of all ranks, gradient norm)."""
+        settings, world = self.spec.train, self.world
+        losses = torch.zeros(world.size, dtype=loss.dtype, device=self.device)
+        losses[world.rank] = loss
+        names = self.gradients.names
+        told = world.sum(torch.cat((losses, self.gradients.squares())))  # once a step, all that ranks must agree on
+        loss, norm = told[: world.size].sum(), told[world.size :].sum().sqrt()
+        bad = ~(loss + norm).isfinite()
+        # asked to stop, nothing is changed any more from the first bad update on until the host hears of it
+        self._bad = self._bad | bad if settings.on_nonfinite == "stop" else bad
+        self.gradients.scale(clip_factor(norm, settings.max_grad_norm))
+        factor = self.schedule.factor(self.progress.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        masked_step(self.optimizer, self._bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._look_at(self._late.put(self.progress.step + 1, told, world.size, names))
+        return loss, norm
+
+    def _look_at(self, report: StepReport | None) -> None:
+        """Hears, a step late, whether an update was finite.
+
+        Raises:
+            SparsekitError: it was not, and the spec says to stop then.
+        """
+        if report is None:
+            return
+        if report.finite:
+            leap = self._spikes.see(report.step, report.loss)
+            if leap is not None and self.is_main:
+                print(f"note: {leap}", file=sys.stderr)
+            return
+        if self.spec.train.on_nonfinite == "skip":
+            self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+            if self.is_main:
+                print(f"note: step {report.step}: {self._cause(report)}; the update was left out", file=sys.stderr)
+            return
+        self._tell_saved(self.saver.finish())
+        kept = self.run.checkpoints
+        where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was saved"
+        problem = f"step {report.step}: {self._cause(report)}: training has diverged ({where})"
+        mend = "lower the learning rate, or set train.on_nonfinite to skip"
+        raise self.world.alike(SparsekitError(f"{problem}; {mend}"))
+
+    def _cause(self, report: StepReport) -> str:
+        """What was not finite, on which rank, and in which layer that began."""
+        if report.bad_rank is None:
+            return f"the gradient of {report.bad_parameter} is not finite"
+        told = f"rank {report.bad_rank}: loss {report.losses[report.bad_rank]}"
+        if self.spec.train.on_nonfinite == "skip":
+            return told
+
+        def again() -> None:  # the weights are those that the step had
+            for host_batch in dict(self._recent)[report.step]:
+                batch = host_batch.to(self.device)
+                with self._autocast():
+                    self.objective(self.model, batch, self._context(batch, 1.0))
+
+        found = [name for name in self.world.gather(first_not_finite(self.model, again)) if name is not None]
+        return f"{told}, first in {found[0]}" if found else told
+
+    def _context(self, batch: Batch, loss_scale: float | Tensor) -> ForwardContext:
+        # Tensors, not numbers: a compiled block would be compiled again for every new number. Filled where they are,
+        # as a number that is copied to a GPU makes the host wait.
+        if not isinstance(loss_scale, Tensor):
+            loss_scale = torch.full((), loss_scale, device=self.device)
+        progress = torch.full((), self.progress.step / self.total_steps, device=self.device)
+        return ForwardContext(documents_BT=batch.documents_BT, progress=progress, loss_scale=loss_scale)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.spec.train.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss over the validation text in nats a token, and in bits a byte of it."""
-        settings = self.spec.train
-        limit = settings.eval_tokens and max(1, settings.eval_tokens // self.spec.seq_len)
-        self.model.eval()
-        total, n_targets = torch.zeros((), dtype=torch.float64), 0
-        for batch in validation_batches(self.validation_windows, settings.micro_batch_size, limit):
-            batch = batch.to(self.device)
-            with self._autocast():
-                loss = self.objective(self.model, batch, ForwardContext(documents_BT=batch.documents_BT))
-            total += loss.double().cpu()
-            n_targets += batch.n_targets
-        self.model.train()
-        loss_per_token = total.item() / max(1, n_targets)
-        bytes_per_token = self.validation_set.n_bytes / len(self.validation_set)
-        return {"val_loss": loss_per_token, "val_bits_per_byte": loss_per_token / NATS_PER_BIT / bytes_per_token}
+    def evaluate(self) -> dict[str, float] | None:
+        """The loss on each validation text; None where a signal asked to stop meanwhile."""
+        return self.evaluation(self.model, self.objective, self._autocast)
 
-    def _log(self, log: MetricsLog, told: dict[str, Tensor | float], evaluate: bool) -> None:
+    def _asked_to_stop(self) -> bool:
+        asked = self.agreement.poll()
+        if SAVE in asked:
+            self._save()
+        self.stopping = self.stopping or STOP in asked
+        return self.stopping
+
+    def _meter(self) -> Meter:
+        peak = self.spec.train.peak_flops
+        if peak is None:
+            peak = peak_flops(self.device, torch.float32 if self.spec.train.precision == "fp32" else torch.bfloat16)
+        flops = 3 * self.model.flops_per_token(self.spec.seq_len)
+        whole = None if peak is None else peak * self.world.size
+        return Meter(self.device, flops, whole, self.progress.tokens, self.loader.wait_seconds)
+
+    def _log(self, log: MetricsLog | None, told: dict[str, Tensor | float], evaluate: bool) -> None:
         progress = self.progress
         row: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
         row.update({name: float(value) for name, value in told.items()})
-        now = time.monotonic()
-        row["tokens_per_second"] = (progress.tokens - self._clock_tokens) / max(1e-9, now - self._clock)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            kept = self.run.checkpoints
-            where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was saved"
-            raise SparsekitError(
-                f"step {progress.step}: loss {row['loss']}, gradient norm {row['grad_norm']}: training has diverged "
-                f"({where}); lower the learning rate"
-            )
+            self._look_at(self._late.take())
+        if self.progress.skipped:
+            row["skipped_updates"] = self.progress.skipped
         if evaluate:
-            row.update(self.evaluate())
-            if progress.best_val_loss is None or row["val_loss"] < progress.best_val_loss:
-                self.progress = replace(progress, best_val_loss=row["val_loss"], best_step=progress.step)
-        log.write(row)
+            losses = self.evaluate()
+            if losses is not None:
+                row.update(losses)
+                own = row[f"{OWN}_loss"]
+                if self.progress.best_val_loss is None or own < self.progress.best_val_loss:
+                    self.progress = replace(self.progress, best_val_loss=own, best_step=progress.step)
+        if log is not None:
+            log.write(row)
         for callback in self.callbacks:
             callback.on_log(self, row)
-        self._clock, self._clock_tokens = time.monotonic(), progress.tokens
 
     def _counters(self) -> dict[str, Tensor]:
         """Scalar counters of the last forward, averaged over layers."""
@@ -303,48 +372,18 @@ class Trainer:
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
     def _save(self) -> None:
-        folder = checkpoint.save(self.run, self.spec, self.model, self.optimizer, self.progress, self.data_identity)
-        self._saved_step = self.progress.step
-        checkpoint.prune(self.run, self.spec.train.keep, self.progress)
-        for callback in self.callbacks:
-            callback.on_checkpoint(self, folder)
+        self._look_at(self._late.take())  # saving waits for the device in any case
+        self._tell_saved(self.saver.finish())
+        self.saver.start(self.model, self.optimizer, self.progress, self.data.identity, self.loader.state())
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask for a stop after the step; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            signal.signal(number, before[number])
-
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _tell_saved(self, folder: Path | None) -> None:
+        if folder is not None:
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, folder)
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise SpecError([f"train.device: {name!r} cannot be used ({str(error).splitlines()[0]})"]) from None
-
-
-def _identity(tokens: TokenSet) -> dict[str, Any]:
-    return {"tokens": len(tokens), "documents": tokens.n_documents, "fingerprint": tokens.fingerprint}
 
 
 def _demand_causal(model: torch.nn.Module, allow_leak: bool) -> None:

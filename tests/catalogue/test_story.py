@@ -15,7 +15,8 @@ from sparsekit.model.accounting import describe
 from sparsekit.model.targets import Run
 from sparsekit.spec.load import load_spec
 from sparsekit.spec.run import RunSpec
-from sparsekit.training.trainer import Trainer, train
+from sparsekit.training.run import train
+from sparsekit.training.trainer import Trainer
 
 AS_EXCEPTIONS = """\
 {"extends": "base.json", "name": "what_if", "model": {"layers": {

@@ -185,7 +185,7 @@ OVERRIDES = [
     ("model.layers.-1.norm=none", "model.layers", {"-1": {"norm": "none"}}),
     ("model.layers.1:3.norm.eps=0.5", "model.layers", {"1:3": {"norm": {"eps": 0.5}}}),
     ("train.callbacks=[]", "train.callbacks", []),
-    ("train.callbacks.0=tensorboard", "train.callbacks.0", {"type": "tensorboard"}),
+    ("train.callbacks.0=tensorboard", "train.callbacks.0.type", "tensorboard"),
     ("train.callbacks.1.top_k=9", "train.callbacks.1.top_k", 9),
     ("train.callbacks.-1.top_k=9", "train.callbacks.1.top_k", 9),
 ]

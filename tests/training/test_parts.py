@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekit.errors import CheckpointError
-from sparsekit.files import MANIFEST, folder_written_whole, verify, written_whole
+from sparsekit.files import MANIFEST, seal, verify, written_whole
 from sparsekit.model.build import build_model
-from sparsekit.model.targets import MODEL, Run, load_model, resolve
+from sparsekit.model.targets import Run, load_model, resolve
+from sparsekit.model.weights import WEIGHTS
 from sparsekit.spec.load import validate
 from sparsekit.spec.slot import Params
-from sparsekit.training import checkpoint, schedules
-from sparsekit.training.checkpoint import OPTIMIZER, STATE, Progress
+from sparsekit.training import schedules
+from sparsekit.training.checkpoint import RANDOM, STATE, Progress, Saver
+from sparsekit.training.distributed import World
 from sparsekit.training.metrics import MetricsLog
 from sparsekit.training.optimizers import AdamW
-from sparsekit.training.trainer import train
+from sparsekit.training.run import train
 
 # ---- schedules ----
 
@@ -101,18 +104,19 @@ def test_nothing_is_left_half_written(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    folder = tmp_path / "folder"
-    with pytest.raises(OSError, match="disk full"), folder_written_whole(folder) as here:
-        (here / "x").write_text("half")
-        raise OSError("disk full")
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_held_against_its_manifest(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    with folder_written_whole(folder) as here:
-        (here / "x").write_bytes(b"0123456789")
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "new" / "x").write_bytes(b"0123456789")
+    (tmp_path / "new" / "deep" / "y.safetensors").write_bytes(b"0")
+    seal(tmp_path / "new", folder)
     verify(folder)
+    (folder / "deep" / "z.safetensors").write_bytes(b"0")
+    with pytest.raises(CheckpointError, match=r"z\.safetensors: was not written with the checkpoint; remove it"):
+        verify(folder)
+    (folder / "deep" / "z.safetensors").unlink()
     (folder / "x").write_bytes(b"01234")
     with pytest.raises(CheckpointError, match="has 5 bytes where 10 were written"):
         verify(folder)
@@ -136,7 +140,10 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, "spec.json"])
+SHARDS = [f"{WEIGHTS}/shard-00001-model-0000{i}-of-00002.safetensors" for i in (1, 2)]  # the model's, the optimizer's
+
+
+@pytest.mark.parametrize("name", [*SHARDS, RANDOM, STATE, "spec.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_file_is_refused(raw: dict[str, Any], tmp_path: Path, name: str, damage: str) -> None:
     raw["train"]["max_steps"] = 1
@@ -172,7 +179,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path, raw: dict[st
     with torch.no_grad():
         model.layers[1].attention.q.weight[3, 3] = math.inf  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"layers\.1\.attention\.q\.weight is not finite"):
-        checkpoint.save(Run(tmp_path), spec, model, optimizer, Progress(step=5), {})
+        Saver(Run(tmp_path), spec, World(torch.device("cpu"))).start(model, optimizer, Progress(step=5), {}, {})
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -181,11 +188,10 @@ def test_weights_of_another_model_are_refused(raw: dict[str, Any], tmp_path: Pat
     folder = run.checkpoints[-1]
     spec = json.loads((folder / "spec.json").read_text())
     spec["model"]["block"]["ffn"]["d_ff"] = 32
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
-    with folder_written_whole(folder) as here:
-        for name, data in content.items():
-            (here / name).write_bytes(data)
-        (here / "spec.json").write_text(json.dumps(spec))
+    changed = folder.with_name("changed")
+    shutil.copytree(folder, changed, ignore=shutil.ignore_patterns(MANIFEST))
+    (changed / "spec.json").write_text(json.dumps(spec))
+    seal(changed, folder)
     with pytest.raises(CheckpointError) as error:
         load_model(run)
     assert "another spec" in one_line(error)

@@ -15,15 +15,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sparsekit import spec as specs
 from sparsekit.errors import CheckpointError
-from sparsekit.model.targets import MODEL, Run
+from sparsekit.model.targets import Run
+from sparsekit.model.weights import WEIGHTS, read, stored
 from sparsekit.registry import registry
 from sparsekit.spec.load import validate
 from sparsekit.training.callbacks import Callback
-from sparsekit.training.checkpoint import OPTIMIZER, STATE
-from sparsekit.training.trainer import Trainer, train
+from sparsekit.training.checkpoint import RANDOM, STATE
+from sparsekit.training.distributed import STOP
+from sparsekit.training.run import train
+from sparsekit.training.trainer import Trainer
 
 
 class StopAt(Callback):
@@ -34,7 +38,7 @@ class StopAt(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         if trainer.progress.step == self.params.step:
-            trainer.signal = signal.SIGTERM
+            trainer.agreement.ask(STOP)
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +49,23 @@ def stop_at() -> Any:
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
-    """What was logged, but for the speed."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.metrics]
+    """What was logged, but for speed and memory."""
+    machine = ("tokens_per_second", "data_wait", "memory_resident_gib")
+    return [{k: v for k, v in row.items() if k not in machine} for row in run.metrics]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All that a checkpoint holds of model and optimizer, whole, and the random numbers."""
+    found = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored(folder / WEIGHTS).items()}
+    read(folder / WEIGHTS, found)
+    return found | load_file(folder / RANDOM)
 
 
 def assert_same_run(left: Run, right: Run) -> None:
     assert rows(left) == rows(right)
-    for name in (MODEL, OPTIMIZER):
-        a, b = (load_file(run.checkpoints[-1] / name) for run in (left, right))
-        assert a.keys() == b.keys()
-        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    a, b = (tensors(run.checkpoints[-1]) for run in (left, right))
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
     states = [json.loads((run.checkpoints[-1] / STATE).read_text()) for run in (left, right)]
     assert states[0] == states[1]
 
@@ -89,7 +100,7 @@ def test_longer_run_goes_on_from_a_finished_one(raw: dict[str, Any], tmp_path: P
         if row["step"] == 6:
             assert row.pop("val_loss") > 0
     assert [row["loss"] for row in whole.metrics] == [row["loss"] for row in part.metrics]
-    weights = [load_file(run.checkpoints[-1] / MODEL) for run in (whole, part)]
+    weights = [tensors(run.checkpoints[-1]) for run in (whole, part)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
@@ -103,10 +114,10 @@ def test_rows_past_the_checkpoint_are_dropped(raw: dict[str, Any], tmp_path: Pat
 
 def test_finished_run_is_left_alone(raw: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     run = train(validate(raw), out=tmp_path / "run")
-    before = (run.checkpoints[-1] / MODEL).stat().st_mtime_ns
+    before = (run.checkpoints[-1] / STATE).stat().st_mtime_ns
     train(validate(raw), out=tmp_path / "run")
     assert "already finished, at step 12" in capsys.readouterr().err
-    assert (run.checkpoints[-1] / MODEL).stat().st_mtime_ns == before
+    assert (run.checkpoints[-1] / STATE).stat().st_mtime_ns == before
 
 
 def test_never_moves_the_earlier_run_aside(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -150,7 +161,7 @@ def test_falls_back_to_the_newest_whole_checkpoint(raw: dict[str, Any], tmp_path
     raw["train"]["checkpoint_every"] = 4
     whole = train(validate(raw), out=tmp_path / "whole")
     part = train(validate(with_stop(raw, 8)), out=tmp_path / "part")
-    broken = part.checkpoints[-1] / OPTIMIZER
+    broken = max((part.checkpoints[-1] / WEIGHTS).iterdir())
     broken.write_bytes(broken.read_bytes()[:-100])
     resumed = train(validate(raw), out=tmp_path / "part")
     assert "going on from" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Sources whose tokens lie ready: shards with a manifest, and raw ones of others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt
+
+from sparsekit.data.paths import find_files
+from sparsekit.data.shards import NPY_MAGIC, Shard, ShardedTokens, TokenFiles, open_shards, read_manifest
+from sparsekit.data.sources import SPLITS, Source
+from sparsekit.data.token_set import Tokens
+from sparsekit.data.tokenizers import Ids, Tokenizer
+from sparsekit.errors import DataError, did_you_mean
+from sparsekit.registry import registry
+
+TOKENIZER = "tokenizer.json"
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a raw file, for its fingerprint
+PathText = Annotated[str, Field(min_length=1)]
+
+
+class Shards(Source):
+    """A folder that ``sparsekit tokenize`` wrote: its tokens are read as they lie there, and no text is encoded.
+
+    ``path`` is the folder. The run's tokenizer must be the one the shards were made with, DIR/tokenizer.json.
+    """
+
+    class Params(Source.Params):
+        path: PathText
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.params.path).expanduser()
+
+    def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
+        manifest = read_manifest(self.folder)
+        theirs, ours = manifest["tokenizer"]["fingerprint"], tokenizer.fingerprint
+        if ours != theirs:
+            slot = json.dumps(tokenizer_slot(self.folder, manifest))
+            raise DataError(
+                f"{self.folder}: was made with tokenizer {theirs[:12]}, and the run's is {ours[:12]}; "
+                f"set data.tokenizer to {slot}"
+            )
+        return [(open_shards(self.folder, split), 1.0)]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents, decoded: what was encoded, where the tokenizer loses nothing (byte-level ones do not)."""
+        tokens = open_shards(self.folder, split)
+        tokenizer = shards_tokenizer(self.folder)
+        for number in range(tokens.n_documents):
+            yield tokenizer.decode(tokens.document(number))
+
+
+def tokenizer_slot(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What ``data.tokenizer`` must be in a spec that reads these shards."""
+    told = {key: value for key, value in manifest["tokenizer"].items() if key != "fingerprint"}
+    name = told.pop("type")
+    if name == "bpe":
+        told.update(vocab_size=None, path=f"{folder}/{TOKENIZER}")
+    params = registry("tokenizer").get(name).Params(**told)
+    return {"type": name, **params.model_dump(mode="json", exclude_defaults=True)}
+
+
+def shards_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a folder of shards was made with.
+
+    Raises:
+        DataError: its file is missing, damaged, or was exchanged.
+    """
+    manifest = read_manifest(folder)
+    slot = tokenizer_slot(folder, manifest)
+    cls = registry("tokenizer").get(slot.pop("type"))
+    tokenizer: Tokenizer = cls.load(cls.Params(**slot), folder / TOKENIZER)
+    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+        raise DataError(f"{folder / TOKENIZER}: is not the tokenizer of these shards; restore the file")
+    return tokenizer
+
+
+class RawShards(Source):
+    """Files of nothing but token ids, as OLMo and others keep them: little-endian, an end of text after each document.
+
+    ``path`` and ``validation_path`` name files, globs, or folders (their *.bin). ``eos_id`` is the id that ends a
+    document, and must be the run's tokenizer's. Where documents begin is found by reading all of a split, when it is
+    first asked for, and so is how many bytes of text it has.
+    """
+
+    class Params(Source.Params):
+        path: PathText | list[PathText]
+        validation_path: PathText | list[PathText]
+        eos_id: NonNegativeInt
+        dtype: Literal["uint16", "uint32"] = "uint16"
+
+    def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
+        if tokenizer.eos_id != self.params.eos_id:
+            raise DataError(
+                f"data.source.eos_id is {self.params.eos_id}, and the tokenizer's end of text is {tokenizer.eos_id}; "
+                "set data.tokenizer to the one that the files were made with"
+            )
+        return [(RawTokens(self._shards(split), tokenizer), 1.0)]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Refused when read: the files do not tell by which tokenizer they are to be decoded."""
+        yield from _no_text(_known(split))
+
+    def _shards(self, split: str) -> list[Shard]:
+        name = "path" if _known(split) == "train" else "validation_path"
+        dtype = np.dtype(self.params.dtype).newbyteorder("<")
+        shards = []
+        for path in find_files(getattr(self.params, name), name, ".bin"):
+            try:
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    magic = file.read(len(NPY_MAGIC))
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}; mend data.source.{name}") from None
+            if magic == NPY_MAGIC:
+                raise DataError(f"{path}: is a .npy file with a header, not raw tokens; use the source shards")
+            if size == 0 or size % dtype.itemsize:
+                raise DataError(f"{path}: has {size} bytes, which is no number of {self.params.dtype}; mend it")
+            shards.append(Shard(path, dtype, size // dtype.itemsize, None, self.params.eos_id))
+        return shards
+
+
+class RawTokens(TokenFiles):
+    """The tokens of raw files; a :class:`~sparsekit.data.token_set.Tokens`.
+
+    ``fingerprint`` is of the sizes of the files and of 64 blocks spread over each, as hashing 10 billion tokens takes
+    minutes.
+
+    Raises:
+        DataError: the last token ends no document, or one is outside the tokenizer's vocabulary (when it is read).
+    """
+
+    def __init__(self, shards: Sequence[Shard], tokenizer: Tokenizer):
+        super().__init__(shards)
+        self.tokenizer = tokenizer
+        last = int(shards[-1].tokens[-1])
+        if last != tokenizer.eos_id:
+            raise DataError(
+                f"{shards[-1].path}: its last token is {last}, not the end of text, {tokenizer.eos_id}; "
+                "mend data.source.eos_id or dtype"
+            )
+
+    def rows(self, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
+        rows = super().rows(begins_B, length)
+        if rows.size and (highest := int(rows.max())) >= self.tokenizer.vocab_size:
+            raise DataError(
+                f"{self.shards[0].path}: it or a file after it holds token {highest}, and the tokenizer has "
+                f"{self.tokenizer.vocab_size}; mend data.tokenizer or data.source.dtype"
+            )
+        return rows
+
+    @cached_property
+    def n_bytes(self) -> int:
+        numbers = range(self.n_documents)
+        return sum(len(self.tokenizer.decode(self.document(number)).encode()) for number in numbers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.dtype.str} {self.tokenizer.eos_id}".encode())
+        for shard in self.shards:
+            data = shard.tokens.view(np.uint8)
+            digest.update(f" {len(data)} ".encode())
+            for place in np.linspace(0, max(0, len(data) - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
+                digest.update(data[place : place + SAMPLE_BYTES].tobytes())
+        return digest.hexdigest()
+
+
+def _no_text(split: str) -> Iterator[str]:
+    raise DataError(
+        f"raw_shards has tokens and no text for {split}; give data.tokenizer the path of the one they were made with"
+    )
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}{did_you_mean(split, SPLITS)}; splits: {', '.join(SPLITS)}")
+    return split
+
+
+__all__ = ["RawShards", "RawTokens", "ShardedTokens", "Shards", "shards_tokenizer", "tokenizer_slot"]

@@ -1,0 +1,92 @@
+"""From gradients to an update that is applied whole, or not at all where it would not be finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sparsekit.training.distributed import World
+
+
+class Gradients:
+    """The gradients of a model's parameters: their norms and their clipping.
+
+    Nothing here makes the host wait for the device.
+    """
+
+    def __init__(self, model: nn.Module, world: World):
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.world = world
+        # what is whole on every rank must not count once a rank
+        share = [1.0 if isinstance(p, DTensor) else 1.0 / world.size for _, p in self.named]
+        self._shares = dict(
+            zip([name for name, _ in self.named], torch.tensor(share, device=world.device), strict=True)
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that have a gradient."""
+        return [name for name, parameter in self.named if parameter.grad is not None]
+
+    def squares(self) -> Tensor:
+        """The squared norm of each of these gradients, [names], float32 or wider, of this rank: to be summed."""
+        gradients = self._local()
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(gradients[0].dtype, torch.float32))
+        return torch.stack(norms).square() * torch.stack([self._shares[name] for name in self.names])
+
+    def parameter_squares(self) -> Tensor:
+        """The squared norm of all parameters, this rank's part."""
+        parameters = [local(parameter.detach()) for _, parameter in self.named]
+        norms = torch._foreach_norm(parameters, 2, dtype=torch.promote_types(parameters[0].dtype, torch.float32))
+        shares = torch.stack([self._shares[name] for name, _ in self.named])
+        return (torch.stack(norms).square() * shares).sum()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies all gradients by a number."""
+        torch._foreach_mul_(self._local(), factor)
+
+    def _local(self) -> list[Tensor]:
+        return [local(p.grad) for _, p in self.named if p.grad is not None]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_factor(norm: Tensor, limit: float | None) -> Tensor:
+    """By which gradients of a norm are multiplied so that it is at most limit: min(1, limit / (norm + 1e-6))."""
+    return torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def masked_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """One step of an optimizer, of which nothing remains where ``bad`` is true: neither in weights nor in its state.
+
+    torch's fused optimizers do that themselves (``found_inf``); of others all that they write is copied first.
+
+    Args:
+        bad: a boolean on the device that trains; nobody waits for it.
+    """
+    if getattr(optimizer, "takes_found_inf", all(group.get("fused") for group in optimizer.param_groups)):
+        optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    before = {id(tensor): local(tensor).clone() for tensor in written(optimizer)}
+    optimizer.step()
+    for tensor in written(optimizer):
+        now = local(tensor)
+        old = before.get(id(tensor), torch.zeros_like(now))  # what this step made began at zero
+        now.copy_(torch.where(bad, old, now))
+
+
+def written(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The tensors that a step may change."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter
+            yield from (t for t in optimizer.state.get(parameter, {}).values() if isinstance(t, Tensor))
