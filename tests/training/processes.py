@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -106,7 +104,6 @@ def _work(command: list[str], rank: int, n: int, port: int, log: Path, prepare: 
         os.dup2(stream.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     import torch
-
     from sparsekit.cli import main
 
     torch.set_num_threads(1)

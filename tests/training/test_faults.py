@@ -1,0 +1,547 @@
+"""Disks that fill up, files that change, kills at the worst moment: a clear error each, and nothing that was saved lost."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Crew, finished, start
+from test_resume import assert_same_run, tensors
+
+from sparsekit import files
+from sparsekit.errors import CheckpointError, SparsekitError
+from sparsekit.files import MANIFEST, verify
+from sparsekit.model.targets import Run, load_model
+from sparsekit.model.weights import WEIGHTS
+from sparsekit.registry import registry
+from sparsekit.spec.load import validate
+from sparsekit.training import checkpoint
+from sparsekit.training.callbacks import Callback
+from sparsekit.training.run import train
+from sparsekit.training.trainer import Trainer
+
+
+@pytest.fixture
+def saving(raw: dict[str, Any]) -> dict[str, Any]:
+    """The small run, saving every third of its twelve steps and keeping all."""
+    raw["train"] |= {"checkpoint_every": 3, "keep": {"last": 10}}
+    return raw
+
+
+def steps(run: Run) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in run.checkpoints]
+
+
+def leftovers(run: Run) -> list[str]:
+    return [path.name for path in run.folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+# The disk
+
+
+class SmallFiles(Callback):
+    """From one step on until before another, no file may grow past a size: what a full disk or a quota does."""
+
+    class Params(Callback.Params):
+        n_bytes: int
+        begin: int
+        end: int
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        step = trainer.progress.step + 1
+        if step == self.params.begin:
+            limit_files(self.params.n_bytes)
+        if step == self.params.end:
+            limit_files(None)
+
+
+def limit_files(n_bytes: int | None) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if n_bytes is None else n_bytes, hard))
+
+
+@pytest.fixture
+def small_files() -> Any:
+    registry("callback").register("small_files")(SmallFiles)
+    yield
+    limit_files(None)
+    registry("callback").unregister("small_files")
+
+
+def with_small_files(raw: dict[str, Any], n_bytes: int, begin: int, end: int = 1000) -> dict[str, Any]:
+    raw = copy.deepcopy(raw)
+    raw["train"]["callbacks"] = [{"type": "small_files", "n_bytes": n_bytes, "begin": begin, "end": end}]
+    return raw
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("n_bytes", [3000, 9000])  # too little for random numbers; enough for them, not for weights
+def test_a_save_that_finds_no_room_costs_that_save_alone(
+    saving: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], n_bytes: int
+) -> None:
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = train(validate(with_small_files(saving, n_bytes, 6, 7)), out=tmp_path / "part")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith(f"warning: {part.folder}: the checkpoint of step 6 could not be written (")
+    assert "File too large" in told or "os error 27" in told
+    assert told.endswith(f"the newest checkpoint is still {part.checkpoints[0]}\n")
+    assert steps(part) == [3, 9, 12] and leftovers(part) == []
+    assert_same_run(whole, part)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_last_save_that_finds_no_room_is_an_error(saving: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(validate(saving), out=tmp_path / "whole")
+    for n_bytes in (3000, 9000):
+        with pytest.raises(CheckpointError, match=r"the checkpoint of step 12 could not be written \(.*os error 27") as told:
+            train(validate(with_small_files(saving, n_bytes, 12)), out=tmp_path / "part")
+        limit_files(None)
+        part = Run(tmp_path / "part")
+        assert steps(part) == [3, 6, 9] and leftovers(part) == []
+        assert str(told.value).endswith(f"; the newest checkpoint is still {part.checkpoints[-1]}")
+    assert_same_run(whole, train(validate(saving), out=tmp_path / "part"))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_no_room_for_a_row(saving: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(validate(saving), out=tmp_path / "whole")
+    with pytest.raises(SparsekitError) as told:
+        train(validate(with_small_files(saving, 1000, 8)), out=tmp_path / "part")
+    limit_files(None)
+    assert str(told.value) == (
+        f"{tmp_path / 'part'}: cannot be written (File too large); make room or give another --out; "
+        "what was saved is whole, and training goes on from there"
+    )
+    assert steps(Run(tmp_path / "part")) == [3, 6]
+    assert_same_run(whole, train(validate(saving), out=tmp_path / "part"))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "random.safetensors", "state.json", "weights"])
+def test_disk_full_at_each_file(
+    saving: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+) -> None:
+    """ENOSPC where a file is forced to the disk, which is when a file system may find out."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if ".step-00000006" in path and file in path:
+            raise full
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = train(validate(saving), out=tmp_path / "run")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "step 6 could not be written (No space left on device)" in told
+    assert steps(run) == [3, 9, 12] and leftovers(run) == []
+
+
+@pytest.mark.parametrize("where", ["run", "parent", "checkpoints"])
+def test_a_file_where_a_folder_should_be(saving: dict[str, Any], tmp_path: Path, where: str) -> None:
+    out = tmp_path / "runs" / "a"
+    blocked = {"run": out, "parent": out.parent, "checkpoints": out / "checkpoints"}[where]
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("in the way")
+    with pytest.raises(SparsekitError) as told:
+        train(validate(saving), out=out)
+    line = str(told.value)
+    if where == "checkpoints":
+        assert line.startswith(f"{out}: the checkpoint of step 12 could not be written (")
+        assert line.endswith("; no checkpoint was saved before")
+    else:
+        assert line.startswith(f"{out}: cannot be written (") and str(blocked) in line
+    assert "\n" not in line
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(saving: dict[str, Any], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(SparsekitError, match=r"cannot be written \(Permission denied"):
+        train(validate(saving), out=tmp_path / "run")
+
+
+# Files that change
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A finished run with two checkpoints, to be copied and spoilt: (spec, folder)."""
+    folder = tmp_path_factory.mktemp("kept")
+    (folder / "train.txt").write_text(" ".join(str(i * i) for i in range(2000)))
+    (folder / "validation.txt").write_text(" ".join(str(i * i) for i in range(3000, 3100)))
+    raw = {
+        "model": {
+            "d_model": 8, "n_layers": 1, "vocab_size": 300, "max_seq_len": 16,
+            "block": {"attention": {"type": "mha", "n_heads": 2}, "ffn": {"type": "mlp", "d_ff": 8}},
+        },
+        "data": {
+            "source": {
+                "type": "text",
+                "path": str(folder / "train.txt"),
+                "validation_path": str(folder / "validation.txt"),
+            },
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+        },
+        "train": {
+            "max_steps": 4, "checkpoint_every": 2, "micro_batch_size": 4, "log_every": 1, "callbacks": [],
+            "schedule": "constant",
+        },
+    }  # fmt: skip
+    return raw, train(validate(raw), out=folder / "run").folder
+
+
+FILES = ["manifest.json", "random.safetensors", "spec.json", "state.json", "tokenizer.json",
+         "weights/shard-00001-model-00001-of-00002.safetensors", "weights/shard-00001-model-00002-of-00002.safetensors"]  # fmt: skip
+
+
+def copied(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> Run:
+    return Run(Path(shutil.copytree(kept[1], tmp_path / "run")))
+
+
+def test_these_are_all_files(kept: tuple[dict[str, Any], Path]) -> None:
+    folder = Run(kept[1]).checkpoints[-1]
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["a bit", "the end", "all"])
+def test_a_damaged_file_is_named_and_an_earlier_checkpoint_taken(
+    kept: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: str,
+) -> None:
+    raw = copy.deepcopy(kept[0])
+    raw["train"]["max_steps"] = 5
+    run = copied(kept, tmp_path)
+    older, newest = run.checkpoints
+    path = newest / file
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        content[len(content) // 2] ^= 0x10
+        path.write_bytes(content)
+    elif damage == "the end":
+        path.write_bytes(content[: len(content) * 2 // 3])
+    else:
+        path.unlink()
+    blamed = newest if file == MANIFEST and damage == "a bit" else path
+    for attempt in (lambda: load_model(run), lambda: train(validate(raw), out=tmp_path / "b", resume=str(newest))):
+        with pytest.raises(CheckpointError) as told:
+            attempt()
+        assert str(told.value).startswith(str(blamed)) and "\n" not in str(told.value)
+    capsys.readouterr()
+    resumed = train(validate(raw), out=run.folder)
+    line = capsys.readouterr().err
+    assert line.startswith(str(blamed)) and line.endswith(f"; going on from {older}\n") and line.count("\n") == 1
+    assert resumed.metrics[-1]["step"] == 5
+    assert [path.name for path in resumed.checkpoints] == ["step-00000004", "step-00000005"]
+    verify(resumed.checkpoints[0])  # written anew
+    assert (newest.parent / "past-step-00000004").is_dir()  # nothing is thrown away
+
+
+def test_any_bit_of_the_manifest(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Whatever single bit is flipped, the checkpoint is refused in a line, never accepted and never a traceback."""
+    folder = copied(kept, tmp_path).checkpoints[-1]
+    path = folder / MANIFEST
+    content = path.read_bytes()
+    choose = random.Random(0)
+    for _ in range(600):
+        at, bit = choose.randrange(len(content)), choose.randrange(8)
+        changed = bytearray(content)
+        changed[at] ^= 1 << bit
+        path.write_bytes(changed)
+        same = _parsed(changed) == json.loads(content)  # white space may change into other white space
+        if not same:
+            with pytest.raises(CheckpointError):
+                verify(folder)
+
+
+def _parsed(content: bytes | bytearray) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_nothing_whole_is_an_error(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    run = copied(kept, tmp_path)
+    for folder in run.checkpoints:
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step-00000004/state.json: has 2 bytes where \d+ were written"):
+        train(validate(kept[0]), out=run.folder)
+    assert steps(run) == [2, 4]
+
+
+def test_a_damaged_checkpoint_does_not_drive_out_whole_ones(
+    kept: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """Of the newest one that is kept: a damaged one of a later step is none."""
+    raw = copy.deepcopy(kept[0])
+    raw["train"] |= {"max_steps": 3, "checkpoint_every": 1, "keep": {"last": 1, "best": False}}
+    run = copied(kept, tmp_path)
+    (run.checkpoints[-1] / "state.json").unlink()
+    train(validate(raw), out=run.folder)
+    assert steps(run) == [3]
+    verify(run.checkpoints[0])
+
+
+# Pickles
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+PICKLES = [".metadata", "optimizer.pt", "__0_0.distcp", "pytorch_model.bin", "state.pkl", "data.npy"]
+
+
+def test_no_pickle_is_opened(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    raw = copy.deepcopy(kept[0])
+    raw["train"]["max_steps"] = 6
+    run, mark = copied(kept, tmp_path), tmp_path / "unpickled"
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()  # it works
+    mark.unlink()
+    for folder in (run.folder, run.folder / "checkpoints", *run.checkpoints, *(c / WEIGHTS for c in run.checkpoints)):
+        for name in PICKLES:
+            (folder / name).write_bytes(pickle.dumps(Bomb(mark)))
+        torch.save(Bomb(mark), folder / "model.pth")
+    before = tensors(Run(kept[1]).checkpoints[-1])
+    model = load_model(run)
+    assert all(torch.equal(tensor, before[f"model.{name}"]) for name, tensor in model.state_dict().items())
+    assert train(validate(raw), out=run.folder).metrics[-1]["step"] == 6
+    assert train(validate(raw), out=tmp_path / "other", resume=str(run.checkpoints[0])).metrics[-1]["step"] == 6
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("file", [FILES[1], FILES[5], FILES[6]])
+def test_a_pickle_under_the_name_of_tensors_is_not_opened(
+    kept: tuple[dict[str, Any], Path], tmp_path: Path, file: str
+) -> None:
+    """Not even where the manifest was made to fit."""
+    run, mark = copied(kept, tmp_path), tmp_path / "unpickled"
+    folder = run.checkpoints[-1]
+    (folder / file).write_bytes(content := pickle.dumps(Bomb(mark)))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    verify(folder)
+    raw = copy.deepcopy(kept[0])
+    raw["train"]["max_steps"] = 6
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(validate(raw), out=run.folder)
+    assert not mark.exists()
+
+
+def test_tensors_that_were_added_are_refused(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    run = copied(kept, tmp_path)
+    folder = run.checkpoints[-1]
+    shutil.copy(folder / FILES[5], folder / WEIGHTS / "shard-00002-model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard-00002-\S+: was not written with the checkpoint; remove it"):
+        load_model(run)
+
+
+# Kills and signals, in processes of their own
+
+
+def at_seal(step: int, number: int, after: bool) -> None:
+    """Sends this process a signal while the checkpoint of a step is sealed: when all is written, or all but named."""
+    real, name = files.seal, f".step-{step:08d}.tmp"
+
+    def seal(temporary: Path, path: Path) -> None:
+        if temporary.name == name and not after:
+            os.kill(os.getpid(), number)
+        real(temporary, path)
+        if temporary.name == name and after:
+            os.kill(os.getpid(), number)
+
+    checkpoint.seal = seal
+
+
+def at_rename(step: int, number: int) -> None:
+    """Just before the checkpoint of a step gets its name, its manifest written."""
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == f"step-{step:08d}":
+            os.kill(os.getpid(), number)
+        real(source, target)
+
+    os.replace = replace
+
+
+def at_prune(step: int, number: int) -> None:
+    """When a checkpoint that is not kept has been half removed."""
+    real = shutil.rmtree
+
+    def rmtree(path: Any, *rest: Any, **more: Any) -> None:
+        if Path(path).name == f".step-{step:08d}.tmp" and (Path(path) / MANIFEST).exists():
+            (Path(path) / MANIFEST).unlink()
+            os.kill(os.getpid(), number)
+        real(path, *rest, **more)
+
+    shutil.rmtree = rmtree
+
+
+def in_evaluation(number: int) -> None:
+    """At the first batch of the first evaluation."""
+    from sparsekit.training.evaluation import Evaluation
+
+    real, sent = Evaluation._loss, []
+
+    def loss(self: Evaluation, *arguments: Any) -> float | None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return real(self, *arguments)
+
+    Evaluation._loss = loss
+
+
+def before_the_first_step(number: int) -> None:
+    from sparsekit.training import trainer
+
+    real = trainer.load_data
+
+    def load_data(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    trainer.load_data = load_data
+
+
+def told_by(crew: Crew, code: int) -> list[str]:
+    assert crew.wait() == [code], crew.told
+    return crew.told[0].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("moment", "saved"),
+    [
+        (partial(at_seal, 6, signal.SIGKILL, False), [3]),
+        (partial(at_seal, 6, signal.SIGKILL, True), [3, 6]),
+        (partial(at_rename, 6, signal.SIGKILL), [3]),
+        (partial(at_prune, 3, signal.SIGKILL), [6, 9]),
+    ],
+    ids=["all written", "named", "about to be named", "removing an old one"],
+)
+def test_a_kill_inside_a_save(saving: dict[str, Any], tmp_path: Path, moment: Any, saved: list[int]) -> None:
+    if moment.func is at_prune:
+        saving["train"]["keep"] = {"last": 2, "best": False}
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = Run(tmp_path / "part")
+    assert told_by(start(saving, part.folder, prepare=moment), -signal.SIGKILL) == []
+    assert steps(part) == saved
+    for folder in part.checkpoints:
+        verify(folder)
+    assert leftovers(part) or moment.args[-1] is True
+    assert told_by(start(saving, part.folder), 0) == []
+    assert leftovers(part) == []
+    assert steps(part) == steps(whole)
+    assert_same_run(whole, part)
+
+
+def test_a_stop_before_the_first_step(saving: dict[str, Any], tmp_path: Path) -> None:
+    part = Run(tmp_path / "part")
+    crew = start(saving, part.folder, prepare=partial(before_the_first_step, signal.SIGTERM))
+    assert told_by(crew, 0) == [f"{part.folder}: stopped before the first step"]
+    assert part.checkpoints == [] and part.metrics == []
+    whole = train(validate(saving), out=tmp_path / "whole")
+    assert_same_run(whole, train(validate(saving), out=part.folder))
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_stop_during_evaluation(saving: dict[str, Any], tmp_path: Path, step: int) -> None:
+    """It is given up at once and made up for by the resumed run, so that the two legs are the whole run."""
+    saving["train"] |= {"checkpoint_every": None, "eval_every": step}
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = Run(tmp_path / "part")
+    crew = start(saving, part.folder, prepare=partial(in_evaluation, signal.SIGTERM))
+    assert told_by(crew, 0) == [f"{part.folder}: stopped and saved at step {step}"]
+    assert steps(part) == [step] and "val_loss" not in part.metrics[-1]
+    assert told_by(start(saving, part.folder), 0) == []
+    assert_same_run(whole, part)
+
+
+def test_a_stop_during_a_save(saving: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = Run(tmp_path / "part")
+    crew = start(saving, part.folder, prepare=partial(at_seal, 6, signal.SIGTERM, False))
+    line = told_by(crew, 0)
+    assert len(line) == 1 and line[0].startswith(f"{part.folder}: stopped and saved at step ")
+    assert steps(part)[:2] == [3, 6] and leftovers(part) == []
+    assert_same_run(whole, train(validate(saving), out=part.folder))
+
+
+def test_usr1_saves_and_goes_on(saving: dict[str, Any], tmp_path: Path) -> None:
+    saving["train"] |= {"checkpoint_every": None, "eval_every": 5}
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = Run(tmp_path / "part")
+    assert told_by(start(saving, part.folder, prepare=partial(in_evaluation, signal.SIGUSR1)), 0) == []
+    assert steps(part) == [5, 12]
+    assert_same_run(whole, part)
+    again = Run(tmp_path / "again")  # what was saved in the midst of an evaluation can be gone on from, too
+    shutil.copytree(part.folder, again.folder)
+    shutil.rmtree(again.checkpoints[-1])
+    train(validate(saving), out=again.folder)
+    assert_same_run(whole, again)
+
+
+def test_usr1_before_the_first_step(saving: dict[str, Any], tmp_path: Path) -> None:
+    saving["train"] |= {"checkpoint_every": None}
+    crew = start(saving, tmp_path / "run", prepare=partial(before_the_first_step, signal.SIGUSR1))
+    assert told_by(crew, 0) == []
+    assert steps(Run(tmp_path / "run")) == [1, 12]
+
+
+def twice(number: int) -> None:
+    """A signal and at once another, as of a scheduler that signals torchrun and its processes alike."""
+    in_evaluation(number)
+    os.kill(os.getpid(), 0)
+
+
+def test_random_kills(saving: dict[str, Any], tmp_path: Path) -> None:
+    """A short form of benchmarks/faults.py."""
+    saving["train"] |= {"max_steps": 60, "checkpoint_every": 4, "schedule": "constant", "eval_every": 10}
+    saving["train"]["keep"] = {"last": 2}
+    whole, part = Run(tmp_path / "whole"), Run(tmp_path / "part")
+    finished(saving, whole.folder)
+    choose = random.Random(1)
+    for _ in range(6):
+        begun = part.metrics[-1]["step"] if part.metrics else 0
+        crew = start(saving, part.folder)
+        wanted = min(59, begun + choose.randrange(1, 9))
+        crew.until(lambda wanted=wanted: bool(part.metrics) and part.metrics[-1]["step"] >= wanted)
+        if choose.random() < 0.5:
+            crew.until(lambda: any(part.folder.glob("checkpoints/.*.tmp")), timeout=5)
+        crew.send(choose.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        assert crew.wait()[0] in (-signal.SIGKILL, 0), crew.told
+    finished(saving, part.folder)
+    assert_same_run(whole, part)
