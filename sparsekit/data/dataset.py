@@ -92,7 +92,7 @@ def load_tokenizer(tokenizer: Choice, source: Source, path: Path | None = None) 
         loaded: Tokenizer = tokenizer.cls.load(tokenizer.params, path)
         return loaded
     fitted: Tokenizer = tokenizer.cls(tokenizer.params)
-    fitted.fit(source.documents("train"))
+    fitted.fit(source.learning_text())
     if path is not None:
         fitted.save(path)
     return fitted

@@ -54,6 +54,10 @@ class Mix(Source):
         for source, _ in self._of(split):
             yield from source.documents(split)
 
+    def learning_text(self) -> Iterator[str]:
+        for source, _ in self._of("train"):
+            yield from source.learning_text()
+
     def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
         """All the sources' streams; each source's weight is shared out over its own as that source has them."""
         mixed: list[tuple[Tokens, float]] = []

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from sparsekit.data.paths import find_files
-from sparsekit.data.shards import NPY_MAGIC, Shard, ShardedTokens, TokenFiles, open_shards, read_manifest
+from sparsekit.data.shards import NPY_MAGIC, Shard, TokenFiles, open_shards, read_manifest
 from sparsekit.data.sources import SPLITS, Source
 from sparsekit.data.token_set import Tokens
 from sparsekit.data.tokenizers import Ids, Tokenizer
@@ -42,12 +42,17 @@ class Shards(Source):
         manifest = read_manifest(self.folder)
         theirs, ours = manifest["tokenizer"]["fingerprint"], tokenizer.fingerprint
         if ours != theirs:
-            slot = json.dumps(tokenizer_slot(self.folder, manifest))
             raise DataError(
-                f"{self.folder}: was made with tokenizer {theirs[:12]}, and the run's is {ours[:12]}; "
-                f"set data.tokenizer to {slot}"
+                f"{self.folder}: was made with tokenizer {theirs[:12]}, and the run's is {ours[:12]}; {self._mend()}"
             )
         return [(open_shards(self.folder, split), 1.0)]
+
+    def learning_text(self) -> Iterator[str]:
+        """Refused when read: there is a tokenizer already."""
+        yield from _refused(f"{self.folder}: was made with a tokenizer of its own; {self._mend()}")
+
+    def _mend(self) -> str:
+        return f"set data.tokenizer to {json.dumps(tokenizer_slot(self.folder, read_manifest(self.folder)))}"
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents, decoded: what was encoded, where the tokenizer loses nothing (byte-level ones do not)."""
@@ -106,7 +111,8 @@ class RawShards(Source):
 
     def documents(self, split: str) -> Iterator[str]:
         """Refused when read: the files do not tell by which tokenizer they are to be decoded."""
-        yield from _no_text(_known(split))
+        told = f"raw_shards has tokens and no text for {_known(split)}"
+        yield from _refused(f"{told}; give data.tokenizer the path of the one they were made with")
 
     def _shards(self, split: str) -> list[Shard]:
         name = "path" if _known(split) == "train" else "validation_path"
@@ -172,10 +178,8 @@ class RawTokens(TokenFiles):
         return digest.hexdigest()
 
 
-def _no_text(split: str) -> Iterator[str]:
-    raise DataError(
-        f"raw_shards has tokens and no text for {split}; give data.tokenizer the path of the one they were made with"
-    )
+def _refused(told: str) -> Iterator[str]:
+    raise DataError(told)
 
 
 def _known(split: str) -> str:
@@ -183,5 +187,3 @@ def _known(split: str) -> str:
         raise ValueError(f"unknown split {split!r}{did_you_mean(split, SPLITS)}; splits: {', '.join(SPLITS)}")
     return split
 
-
-__all__ = ["RawShards", "RawTokens", "ShardedTokens", "Shards", "shards_tokenizer", "tokenizer_slot"]

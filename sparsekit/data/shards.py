@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sparsekit.data.token_set import rows_inside
 from sparsekit.data.tokenizers import Ids
 from sparsekit.errors import DataError, did_you_mean
 from sparsekit.files import MANIFEST, written_whole
@@ -105,9 +106,14 @@ class TokenFiles:
     def rows(self, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
         """[B, length] tokens from each begin on, a copy; past the stream's end its last token is repeated."""
         begins_B = np.asarray(begins_B, dtype=np.int64)
-        rows = np.empty((len(begins_B), length), self.dtype)
         shards_B = np.searchsorted(self._bounds, begins_B, side="right") - 1
         locals_B = begins_B - self._bounds[np.minimum(shards_B, len(self.shards) - 1)]
+        first, last = int(shards_B.min(initial=0)), int(shards_B.max(initial=0))
+        if first == last < len(self.shards):
+            tokens = self.shards[first].tokens
+            if int(locals_B.max(initial=0)) + length <= len(tokens):
+                return rows_inside(tokens, locals_B, length)
+        rows = np.empty((len(begins_B), length), self.dtype)
         for row, shard, local in zip(rows, shards_B.tolist(), locals_B.tolist(), strict=True):
             filled = 0
             while filled < length and shard < len(self.shards):

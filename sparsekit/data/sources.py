@@ -45,6 +45,14 @@ class Source(ABC):
             DataError: the text cannot be read, or the split has none.
         """
 
+    def learning_text(self) -> Iterator[str]:
+        """What a tokenizer that has to learn learns from.
+
+        Raises:
+            DataError: when read, as :meth:`documents`; or the tokens lie ready, made with another.
+        """
+        return self.documents("train")
+
     def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
         """The split as tokens, with weights; here one stream, encoded now and held in memory.
 

@@ -182,6 +182,17 @@ def test_shards_train_as_their_text_does(text_job: Any, tokenizer: Any) -> None:
     assert list(ready.source.documents("train")) == TEXTS
 
 
+def test_a_tokenizer_that_would_learn_is_refused_before_it_does(text_job: Any) -> None:
+    out, _ = text_job({"type": "bpe", "vocab_size": 300})
+    learning = BPETokenizer(BPETokenizer.Params(vocab_size=280))
+    source = Shards(Shards.Params(path=str(out)))
+    told = error_of(lambda: learning.fit(source.learning_text()))
+    assert told.startswith(f"{out}: was made with a tokenizer of its own; set data.tokenizer to {{")
+    ready = BPETokenizer(BPETokenizer.Params(path=str(out / "tokenizer.json")))
+    ready.fit(source.learning_text())
+    assert len(source.streams("train", ready)[0][0]) > 0
+
+
 def test_another_tokenizer_is_refused_with_the_mend(text_job: Any) -> None:
     out, _ = text_job({"type": "bpe", "vocab_size": 300})
     byte = ByteTokenizer(ByteTokenizer.Params())
