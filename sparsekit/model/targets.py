@@ -86,7 +86,12 @@ def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
             raise CheckpointError(f"{path}: the run has no checkpoint yet")
         path = checkpoints[-1]
     tokenizer = path / TOKENIZER
-    return Target(load_spec(path / SPEC, overrides), path, tokenizer if tokenizer.exists() else None)
+    try:
+        spec = load_spec(path / SPEC, overrides)
+    except SpecError:
+        verify(path)  # is it that the file has changed?
+        raise
+    return Target(spec, path, tokenizer if tokenizer.exists() else None)
 
 
 def load_model(target: str | Path | Run | Target, *, device: str | torch.device = "cpu") -> Decoder:

@@ -75,9 +75,11 @@ class TrainSpec(Params):
 
     Its length is ``max_steps``, ``max_tokens`` or ``max_epochs`` (one epoch where none is given). A step takes
     ``global_batch_tokens`` tokens in micro-batches of ``micro_batch_size`` sequences. The ``*_every`` fields count
-    steps; null means only at the end. An update that is not finite is left out: ``on_nonfinite`` says whether
-    training then stops or goes on and counts it. ``statistics`` logs what every layer does. ``peak_flops`` (FLOP/s
-    of one device) stands for the table by which MFU is told.
+    steps; null means only at the end.
+
+    An update that is not finite is left out: ``on_nonfinite`` says whether training then stops or goes on and counts
+    it. On a GPU two runs are equal bit for bit only if ``deterministic``, which is slower. ``statistics`` logs what
+    every layer does. ``peak_flops`` (FLOP/s of one device) stands for the table by which MFU is told.
     """
 
     max_steps: PositiveInt | None = None
@@ -92,6 +94,7 @@ class TrainSpec(Params):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    deterministic: bool = False
     seed: NonNegativeInt = 0
     device: str = "auto"
     log_every: PositiveInt = 10

@@ -40,6 +40,7 @@ class Progress:
 
     Attributes:
         skipped: updates that were not finite and left out.
+        owed: what is to be logged of the step once it is evaluated, where that had not come to its end.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class Progress:
     best_val_loss: float | None = None
     best_step: int | None = None
     skipped: int = 0
+    owed: dict[str, Any] | None = None
 
 
 class Saver:
@@ -62,6 +64,7 @@ class Saver:
 
     def __init__(self, run: Run, spec: RunSpec, world: World):
         self.run, self.spec, self.world = run, spec, world
+        self.begun_step: int | None = None  # the newest one's
         self.saved_step: int | None = None  # the newest whole one's
         self._under_way: tuple[int, Future[Any]] | None = None
 
@@ -84,8 +87,8 @@ class Saver:
         """
         self.finish()
         self._demand_finite(model, progress.step)
-        folder = self.run.folder / CHECKPOINTS / f"step-{progress.step:08d}"
-        temporary = folder.with_name(f".{folder.name}.tmp")
+        self.begun_step = progress.step
+        folder, temporary = self._folders(progress.step)
         ranks = self.world.gather((random_state(), place))
         state = {
             "format": FORMAT,
@@ -125,6 +128,9 @@ class Saver:
         step, future = self._under_way
         self._under_way = None
         failure = future.exception()
+        folder, temporary = self._folders(step)
+        if self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # what a failure leaves; a full disk needs the room
         told = None if failure is None else self._failed(step, reason_of(failure))
         if demand:
             self.world.from_main(lambda: _demand(told))  # it has looked at what all have written
@@ -133,7 +139,12 @@ class Saver:
         if told:
             return None
         self.saved_step = step
-        return self.run.folder / CHECKPOINTS / f"step-{step:08d}"
+        return folder
+
+    def _folders(self, step: int) -> tuple[Path, Path]:
+        """Where a step's checkpoint comes to lie, and where it is until it is whole."""
+        folder = self.run.folder / CHECKPOINTS / f"step-{step:08d}"
+        return folder, folder.with_name(f".{folder.name}.tmp")
 
     def _prepare(self, temporary: Path, state: dict[str, Any], random: dict[str, Tensor]) -> str | None:
         """Writes what is small; the reason if that fails."""
@@ -146,19 +157,15 @@ class Saver:
             if (self.run.folder / TOKENIZER).exists():
                 shutil.copyfile(self.run.folder / TOKENIZER, temporary / TOKENIZER)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             return reason_of(error)
         return None
 
     def _finalise(self, temporary: Path, folder: Path, names: set[str], progress: Progress) -> None:
         """Looks at what was written, and gives it its name; on rank 0, when all have written."""
-        try:
-            lacking = names - set(stored(temporary / WEIGHTS))
-            if lacking:
-                raise CheckpointError(f"{min(lacking)} did not reach the disk")
-            seal(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        lacking = names - set(stored(temporary / WEIGHTS))
+        if lacking:
+            raise CheckpointError(f"{min(lacking)} did not reach the disk")
+        seal(temporary, folder)
         prune(self.run, self.spec.train.keep, progress)
 
     def _demand_finite(self, model: nn.Module, step: int) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sparsekit.errors import CheckpointError, SparsekitError
+from sparsekit.files import verify
 from sparsekit.model.targets import SPEC, TOKENIZER, Run
 from sparsekit.spec.run import RunSpec
 from sparsekit.training import checkpoint
@@ -33,7 +38,7 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
         SparsekitError: a mistake of the user's, in one line.
     """
     run = Run(Path(out) if out is not None else Path("runs") / spec.name)
-    with _writable(run.folder), joined(spec.train.device) as world:
+    with _writable(run.folder), _repeatable(spec.train.deterministic), joined(spec.train.device) as world:
         agreement = Agreement(world)
         with listening(agreement):  # from here on, so that a signal while text is read is heard too
             start = world.from_main(lambda: _starting_point(run, spec, resume))
@@ -41,7 +46,7 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
             try:
                 if start is not None:
                     trainer.restore(start)
-                if trainer.progress.step >= trainer.total_steps:
+                if trainer.finished:
                     _say(
                         world,
                         f"{run.folder}: already finished, at step {trainer.progress.step}; "
@@ -65,6 +70,24 @@ def _writable(folder: Path) -> Iterator[None]:
         raise SparsekitError(f"{folder}: cannot be written ({checkpoint.reason_of(error)}); {mend}") from None
 
 
+@contextlib.contextmanager
+def _repeatable(wanted: bool) -> Iterator[None]:
+    """With torch's deterministic algorithms, as a GPU's fastest ones add in an order that differs from run to run."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads when it starts
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # costs time, and nothing here reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
 def _say(world: World, line: str) -> None:
     if world.is_main:
         print(line, file=sys.stderr)
@@ -77,6 +100,7 @@ def _starting_point(run: Run, spec: RunSpec, resume: str) -> Path | None:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint; give a checkpoint's folder, a run's, auto or never")
         if path.name.startswith("step-"):
+            verify(path)
             found: Path | None = path
         else:
             found, damaged = checkpoint.newest_whole(Run(path))

@@ -98,6 +98,11 @@ class Trainer:
         self.data = load_data(self.spec.data, self.run.folder / TOKENIZER)
 
     @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, and the last one was evaluated."""
+        return self.progress.step >= self.total_steps and self.progress.owed is None
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.world.is_main
@@ -125,6 +130,11 @@ class Trainer:
         places = restored.places  # a stream refuses another rank's, or that of another number of ranks
         self.world.together(lambda: self.loader.restore(places[min(self.world.rank, len(places) - 1)]))
         self.saver.saved_step = self.progress.step
+        if self.progress.owed is not None:
+            logged = self.world.from_main(lambda: self.run.metrics)
+            for row in logged:  # it was made up for, or came to its end, after the checkpoint
+                if row["step"] == self.progress.step and row.get(f"{OWN}_loss") is not None:
+                    self._count_evaluation(row)
 
     def close(self) -> None:
         """Ends what runs in the background; a checkpoint under way is finished first."""
@@ -138,13 +148,17 @@ class Trainer:
             write_json(self.run.folder / SPEC, dump(self.spec))
             checkpoint.clear_unfinished(self.run, self.progress.step)
         finished = False
-        with MetricsLog(self.run.folder, self.progress.step) if self.is_main else contextlib.nullcontext() as log:
+        owed = self.progress.owed
+        after = self.progress.step - (owed is not None)  # that row is written anew
+        with MetricsLog(self.run.folder, after) if self.is_main else contextlib.nullcontext() as log:
             started: list[Any] = []
             try:
                 for callback in self.callbacks:
                     started.append(callback)
                     callback.on_start(self)
                 meter = self._meter()
+                if owed is not None:
+                    self._finish_row(log, dict(owed), evaluate=True)
                 while self.progress.step < self.total_steps:
                     asked = self.agreement.poll()
                     if self.stopping or STOP in asked:
@@ -164,7 +178,8 @@ class Trainer:
                         layers = {} if statistics is None else statistics.rows(self.world.sum(statistics.stacked))
                         self._log(log, {**told, **speed, **layers}, due_eval)
                     improved = settings.keep.best and due_eval and self.progress.best_step == step
-                    if improved or SAVE in asked or _due(step, settings.checkpoint_every):
+                    due_save = improved or SAVE in asked or _due(step, settings.checkpoint_every)
+                    if due_save and self.saver.begun_step != step:  # as it may have in evaluation
                         self._save()
                     self._tell_saved(self.saver.poll())
                     for callback in self.callbacks:
@@ -176,7 +191,7 @@ class Trainer:
                 if self.world.from_main(lambda: unsaved):  # it has looked at what all have written
                     self._save()
                     self._tell_saved(self.saver.finish(demand=True))
-                finished = self.progress.step >= self.total_steps
+                finished = self.finished
             finally:
                 for callback in started:
                     callback.on_end(self, finished)
@@ -351,17 +366,26 @@ class Trainer:
             self._look_at(self._late.take())
         if self.progress.skipped:
             row["skipped_updates"] = self.progress.skipped
+        self._finish_row(log, row, evaluate)
+
+    def _finish_row(self, log: MetricsLog | None, row: dict[str, Any], evaluate: bool) -> None:
+        """Evaluates if that is due, and logs; of an evaluation that is given up a resumed run makes up for."""
         if evaluate:
+            self.progress = replace(self.progress, owed=dict(row))  # for what is saved until it ends
             losses = self.evaluate()
             if losses is not None:
                 row.update(losses)
-                own = row[f"{OWN}_loss"]
-                if self.progress.best_val_loss is None or own < self.progress.best_val_loss:
-                    self.progress = replace(self.progress, best_val_loss=own, best_step=progress.step)
+                self._count_evaluation(row)
         if log is not None:
             log.write(row)
         for callback in self.callbacks:
             callback.on_log(self, row)
+
+    def _count_evaluation(self, row: dict[str, Any]) -> None:
+        own, best = row[f"{OWN}_loss"], self.progress.best_val_loss
+        if best is None or own < best:
+            self.progress = replace(self.progress, best_val_loss=own, best_step=row["step"])
+        self.progress = replace(self.progress, owed=None)
 
     def _counters(self) -> dict[str, Tensor]:
         """Scalar counters of the last forward, averaged over layers."""
