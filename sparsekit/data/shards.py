@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,9 @@ class Shard:
     def tokens(self) -> Ids:
         """[n_tokens], in the file; refused where they are not what the manifest says."""
         offset = 0 if self.starts_path is None else _header_bytes(self.path, self.dtype, self.n_tokens)
-        return _mapped(self.path, self.dtype, self.n_tokens, offset)
+        # Windows lie anywhere, so that reading on around each would cost more than the window; a raw file, on the
+        # other hand, is read through to find its documents.
+        return _mapped(self.path, self.dtype, self.n_tokens, offset, anywhere=self.starts_path is not None)
 
     def starts(self, begins_document: bool) -> Places:
         """Where documents begin in the shard; the first token begins one if what precedes it ended one."""
@@ -290,10 +293,12 @@ def _header_bytes(path: Path, dtype: np.dtype[Any], n_tokens: int) -> int:
     return offset
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> Any:
+def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int, anywhere: bool = False) -> Any:
     try:
-        # as a plain array: every slice of a memmap object costs a microsecond more
-        return np.asarray(np.memmap(path, dtype, "r", offset, (count,)))
+        mapped = np.memmap(path, dtype, "r", offset, (count,))
+        if anywhere and hasattr(mmap, "MADV_RANDOM"):
+            mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        return np.asarray(mapped)  # as a plain array: every slice of a memmap object costs a microsecond more
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be mapped ({error}); {MEND}") from None
 

@@ -133,7 +133,11 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(here)
     began = not dist.is_initialized()
     if began:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun starts dead processes again over the same store, where their predecessors' addresses still stand
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     groups = [dist.new_group(backend="gloo") for _ in range(2)]
     try:
         yield World(here, dist.get_rank(), dist.get_world_size(), *groups)
