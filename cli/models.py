@@ -24,7 +24,7 @@ def describe(target: Target, overrides: Overrides = [], as_json: Json = False) -
         ("active parameters", f"{told.active_parameters:,} a token"),
         ("forward FLOPs", f"{told.flops_per_token:.4g} a token at length {told.seq_len}"),
         ("training FLOPs", f"{told.training_flops_per_token:.4g} a token"),
-        ("weights", _size(told.weight_bytes) + " in float32"),
+        ("weights", _size(told.weight_bytes)),
         ("training memory", _size(told.training_bytes) + " for weights, gradients and optimizer"),
         ("activations", _size(told.activation_bytes) + " a micro-batch in float32, on top"),
         ("cache", _size(told.cache_bytes_per_token) + " a token when generating"),

@@ -356,14 +356,14 @@ BUILT_IN: dict[str, dict[str, Line]] = {
         "mup": (
             "sparsekit.components.inits:MuP",
             "N(0, std^2) at fan-in base_width; matrices scale by sqrt(base_width / fan_in), the head by base_width / fan_in.",
-            "Yang et al. 2022, arXiv 2203.03466, table 8",
+            "Yang et al. 2022, arXiv 2203.03466, table 3",
         ),
     },
     "objective": {
         "next_token": (
             "sparsekit.training.objectives:NextToken",
             "Cross-entropy of the next token, -sum log p(target), in nats.",
-            "Bengio et al. 2003, JMLR 3",
+            "Bengio et al. 2003, JMLR 3; z-loss: Chowdhery et al. 2022, arXiv 2204.02311, sec. 5",
         ),
     },
     "optimizer": {
@@ -372,12 +372,32 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Adam with decoupled weight decay, of matrices only by default (norms, biases and embeddings are not decayed).",
             "Loshchilov & Hutter 2017, arXiv 1711.05101, alg. 2",
         ),
+        "muon": (
+            "sparsekit.training.muon:Muon",
+            "Momentum made orthogonal, for the matrices of hidden layers, one by one in experts; AdamW for all else.",
+            "Jordan et al. 2024, Muon: An Optimizer for Hidden Layers in Neural Networks; Liu et al. 2025, arXiv 2502.16982, eq. 4",
+        ),
+        "lion": (
+            "sparsekit.training.lion:Lion",
+            "w <- w - lr (sign(b1 m + (1 - b1) g) + decay w), then m <- b2 m + (1 - b2) g: half of Adam's state.",
+            "Chen et al. 2023, arXiv 2302.06675, alg. 2",
+        ),
+        "sgd": (
+            "sparsekit.training.optimizers:SGD",
+            "m <- momentum m + g + decay w; w <- w - lr m, or with nesterov w <- w - lr (g + decay w + momentum m).",
+            "Sutskever et al. 2013, On the Importance of Initialization and Momentum in Deep Learning, sec. 2",
+        ),
     },
     "schedule": {
         "constant": (
             "sparsekit.training.schedules:Constant",
             "1 after the warm-up.",
             "",
+        ),
+        "linear": (
+            "sparsekit.training.schedules:Linear",
+            "final + (1 - final)(1 - t), with t from 0 to 1 after the warm-up.",
+            "Bergsma et al. 2025, arXiv 2502.15938",
         ),
         "cosine": (
             "sparsekit.training.schedules:Cosine",
@@ -386,8 +406,13 @@ BUILT_IN: dict[str, dict[str, Line]] = {
         ),
         "wsd": (
             "sparsekit.training.schedules:WarmupStableDecay",
-            "1, then linearly to final over the last decay_share of the steps.",
-            "Hu et al. 2024, arXiv 2404.06395, sec. 4",
+            "1, then to final over the last decay_share of the steps: final + (1 - final) d(t), with t from 0 to 1.",
+            "Hu et al. 2024, arXiv 2404.06395, sec. 4; 1-sqrt: Hägele et al. 2024, arXiv 2405.18392",
+        ),
+        "inverse_sqrt": (
+            "sparsekit.training.schedules:InverseSqrt",
+            "sqrt(T / (T + s)), s the steps (or tokens) after the warm-up and T ``timescale``, or the warm-up's length.",
+            "Vaswani et al. 2017, arXiv 1706.03762, eq. 3",
         ),
     },
     "callback": {

@@ -43,6 +43,9 @@ EXAMPLES: dict[str, Any] = {
     "warmup_steps": 10,
     "path": "texts/a.txt",
     "paths": ["texts/a.txt"],
+    "validation_path": "texts/b.txt",
+    "sources": ["embedded"],
+    "eos_id": 0,
 }
 
 

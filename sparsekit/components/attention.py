@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Attention, Build, ForwardContext, Linear, Position
+from sparsekit.components.contracts import Attention, Build, ForwardContext, Linear, Position, below, divided
 from sparsekit.components.kernels import Extras, Rule
 from sparsekit.errors import SparsekitError
 from sparsekit.spec.facts import Facts
@@ -113,6 +113,16 @@ class KernelAttention(Attention):
         y_BTD: Tensor = self.o(z_BTE, context)
         return y_BTD
 
+    def split_heads(self, n: int) -> dict[str, int]:
+        """How n processes share heads: queries, what is kept of each head, and the projections around them."""
+        divided("n_heads", self.n_heads, n)
+        parts = {"q": 0, "o": 1, **below("position", self.position.split(n))}
+        if self.gate is not None:
+            parts["gate"] = 0
+        if self.sink_H is not None:
+            parts["sink_H"] = 0
+        return parts
+
     def reach(self, seq_len: int) -> int:
         """Keys whose scores count for a query: all, even hidden ones, as the eager kernel has it; fewer in a window."""
         return min(seq_len, (self.params.window or seq_len) + self.params.sinks)
@@ -172,6 +182,13 @@ class HeadAttention(KernelAttention):
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         q, k = self.position(q, k, context)
         return self.output(self.attend(q, k, v, context), x_BTD, context)
+
+    def split(self, n: int) -> dict[str, int]:
+        parts = self.split_heads(n)
+        if self.n_kv_heads == 1:  # all query heads read it, so it is whole on each
+            return parts
+        divided("n_kv_heads", self.n_kv_heads, n)
+        return {**parts, "k": 0, "v": 0}
 
     def flops_per_token(self, seq_len: int) -> float:
         return super().flops_per_token(seq_len) + 4.0 * self.reach(seq_len) * self.n_heads * self.head_dim
@@ -290,8 +307,11 @@ class MultiHeadLatent(KernelAttention):
         v = heads(self.v(latent_BTR, context), self.v_head_dim)
         q_rope, k_rope = self.position(q_rope, heads(self.k_rope(x_BTD, context), self.rope_head_dim), context)
         q = torch.cat((q, q_rope), dim=-1)
-        k = torch.cat((k, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)
+        k = torch.cat((k, k_rope.expand(-1, k.shape[1], -1, -1)), dim=-1)
         return self.output(self.attend(q, k, v, context), x_BTD, context)
+
+    def split(self, n: int) -> dict[str, int]:
+        return {**self.split_heads(n), "k": 0, "v": 0}  # the latents are whole on each
 
     def flops_per_token(self, seq_len: int) -> float:
         per_key = self.head_dim + self.rope_head_dim + self.v_head_dim

@@ -149,6 +149,18 @@ class Component(nn.Module):
         For state that moves by rule and not by gradient, such as a router's balancing bias.
         """
 
+    def split(self, n: int) -> dict[str, int]:
+        """How n processes share this component such that what they compute, each from the whole input, adds up.
+
+        Returns:
+            By the path of a projection below, 0 where each process holds a part of its outputs and 1 where of its
+            inputs; by that of a parameter or a buffer, the dimension that is divided. All else is whole on each.
+
+        Raises:
+            ValueError: it cannot be divided, or not by n.
+        """
+        raise ValueError(f"{type(self).__name__} does not say how it could be divided")
+
     def active_parameters(self) -> int:
         """Parameters that one token passes through."""
         own = sum(p.numel() for p in self.parameters(recurse=False))
@@ -196,7 +208,11 @@ class Linear(Component):
 
     Attributes:
         weight: [d_out, d_in], or [E, d_out, d_in] inside experts.
+        divisible: some of the weight's rows make some of the outputs, and some of its columns, with the inputs that
+            belong to them, a summand of each; then processes can share it.
     """
+
+    divisible: ClassVar[bool] = False
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
@@ -291,6 +307,15 @@ class FeedForward(Component):
 
     grouped: ClassVar[bool] = True
 
+    def stacked_experts(self) -> nn.Module | None:
+        """The child whose projections hold one matrix an expert, called as ``child(x_MD, context)`` with rows sorted by
+        expert and ``context.groups.offsets_E``, if there is one: processes can divide its experts among them.
+
+        Raises:
+            ValueError: there are experts, but not such a child.
+        """
+        return None
+
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError
 
@@ -353,6 +378,21 @@ class Embedding(Component):
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [batch, seq, vocab] by the same table, where embeddings are tied."""
         raise NotImplementedError
+
+
+def divided(name: str, size: int, n: int) -> None:
+    """Demands that n processes can share evenly what there is ``size`` of.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if size % n:
+        raise ValueError(f"{name} ({size}) cannot be divided by {n}")
+
+
+def below(path: str, parts: Mapping[str, int]) -> dict[str, int]:
+    """What a child's :meth:`Component.split` says, as its parent says it."""
+    return {f"{path}.{name}": dim for name, dim in parts.items()}
 
 
 def run(sublayer: Component, x: Tensor, state: State, context: ForwardContext) -> tuple[Tensor, State]:

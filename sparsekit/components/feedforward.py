@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sparsekit.components.activations import GELU, ReLU, SiLU
-from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext
+from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext, divided
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
@@ -30,6 +30,10 @@ class MLP(FeedForward):
         self.up = build.linear("up", build.d_model, params.d_ff, params.bias)
         self.down = build.linear("down", params.d_ff, build.d_model, params.bias)
         self.activation = build.child(params.activation)
+
+    def split(self, n: int) -> dict[str, int]:
+        divided("d_ff", self.params.d_ff, n)
+        return {"up": 0, "down": 1}
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         return self.down(self.activation(self.up(x_BTD, context)), context)
@@ -53,6 +57,10 @@ class GatedBase(FeedForward):
 
     def make_activation(self, build: Build) -> Activation:
         return self.fixed_activation(self.fixed_activation.Params(), build)
+
+    def split(self, n: int) -> dict[str, int]:
+        divided("d_ff", self.params.d_ff, n)
+        return {"gate": 0, "up": 0, "down": 1}
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         return self.down(self.activation(self.gate(x_BTD, context)) * self.up(x_BTD, context), context)
@@ -131,6 +139,9 @@ class TopKFeedForward(FeedForward):
         super().__init__(params, build)
         self.up = build.linear("up", build.d_model, params.d_ff)
         self.down = build.linear("down", params.d_ff, build.d_model)
+
+    def split(self, n: int) -> dict[str, int]:
+        raise ValueError("the k largest are chosen among all neurons, so these cannot be divided")
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         hidden = self.up(x_BTD, context).relu()

@@ -85,7 +85,7 @@ class MuP(NormalBase):
 
     Embeddings keep std. Pair it with learning rates that fall as base_width / d_model for matrices.
 
-    Source: Yang et al. 2022, arXiv 2203.03466, table 8
+    Source: Yang et al. 2022, arXiv 2203.03466, table 3
     """
 
     class Params(NormalBase.Params):

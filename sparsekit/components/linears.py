@@ -19,6 +19,8 @@ class PlainLinear(Linear):
     ``context.groups`` gives it to.
     """
 
+    divisible = True
+
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         return project(x, self.effective_weight(), self.bias, context)
 
@@ -31,6 +33,8 @@ class MaskedLinear(Linear):
 
     Source: Liu et al. 2022, arXiv 2202.02643 (random pruning, uniform layer ratio)
     """
+
+    divisible = True
 
     class Params(Linear.Params):
         sparsity: float = Field(default=0.5, ge=0, lt=1)

@@ -19,6 +19,7 @@ from sparsekit.components.contracts import (
     Linear,
     Routing,
     active_parameters,
+    below,
     flops_per_token,
 )
 from sparsekit.spec.facts import Facts
@@ -136,6 +137,20 @@ class MoE(FeedForward):
         if expert_M.is_meta:
             return expert_M.new_empty(math.ceil(expert_M.shape[0] / self.n_experts))
         return (expert_M == index).nonzero()[:, 0]
+
+    def split(self, n: int) -> dict[str, int]:
+        copies = isinstance(self.experts, nn.ModuleList)
+        experts = [(f"experts.{i}", e) for i, e in enumerate(self.experts)] if copies else [("experts", self.experts)]
+        shared = [] if self.shared_expert is None else [("shared_expert", self.shared_expert)]
+        parts: dict[str, int] = {}
+        for path, expert in (*experts, *shared):
+            parts |= below(path, expert.split(n))
+        return parts  # each routes all tokens alike, and its experts compute summands of their outputs
+
+    def stacked_experts(self) -> nn.Module:
+        if self.dispatch != self._grouped:
+            raise ValueError("its experts run one after the other, as they cannot be grouped or dispatch is 'loop'")
+        return self.experts
 
     def active_parameters(self) -> int:
         one = active_parameters(self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts)

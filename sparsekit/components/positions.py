@@ -88,6 +88,9 @@ class RoPE(TabledPosition):
         self.cos.copy_(angle.cos() * factor)
         self.sin.copy_(angle.sin() * factor)
 
+    def split(self, n: int) -> dict[str, int]:
+        return {}
+
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         if context.positions_BT is None:
             cos, sin = self.cos[: q_BHTK.shape[-2]], self.sin[: q_BHTK.shape[-2]]
@@ -120,6 +123,9 @@ class ALiBi(TabledPosition):
     def reset_parameters(self) -> None:
         self.slopes_H.copy_(torch.tensor(alibi_slopes(self.slopes_H.shape[0]), dtype=torch.float64))
 
+    def split(self, n: int) -> dict[str, int]:
+        return {"slopes_H": 0}
+
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         return q_BHTK, k_BGTK
 
@@ -151,6 +157,9 @@ class Learned(Position):
         self.init(self.query_SHK, "embed")
         self.init(self.key_SGK, "embed")
 
+    def split(self, n: int) -> dict[str, int]:
+        return {"query_SHK": 1} if self.key_SGK.shape[1] == 1 else {"query_SHK": 1, "key_SGK": 1}
+
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         if context.positions_BT is None:
             places: Any = slice(q_BHTK.shape[-2])
@@ -166,6 +175,9 @@ class NoPosition(Position):
 
     Source: Kazemnejad et al. 2023, arXiv 2305.19466
     """
+
+    def split(self, n: int) -> dict[str, int]:
+        return {}
 
     def forward(self, q_BHTK: Tensor, k_BGTK: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         return q_BHTK, k_BGTK

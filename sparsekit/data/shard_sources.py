@@ -186,4 +186,3 @@ def _known(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}{did_you_mean(split, SPLITS)}; splits: {', '.join(SPLITS)}")
     return split
-

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.components.contracts import ROLES, Linear
 from sparsekit.errors import SpecError, did_you_mean
@@ -15,6 +16,9 @@ from sparsekit.model.decoder import Decoder
 from sparsekit.spec.load import read_raw, validate_model
 from sparsekit.spec.model import ModelSpec
 from sparsekit.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SpecLike = ModelSpec | RunSpec | Mapping[str, Any]
 
@@ -28,6 +32,8 @@ def build_model(
         spec: a run spec, a model spec, or a bare model dict.
         seed: of the weights; the same seed gives the same weights on any number of processes.
         device: where it lives; "meta" allocates and draws nothing.
+        dtype: of the parameters. Below float32 they are drawn in float32 and rounded, and buffers (a router's bias
+            moves by less than bfloat16 can add) stay in float32.
 
     Raises:
         SpecError: the spec has a mistake.
@@ -36,10 +42,11 @@ def build_model(
     with torch.device("meta"):
         model = Decoder(model_spec)
     _demand_known_roles(model, model_spec)
-    model.to(dtype)
+    model.to(torch.promote_types(dtype, torch.float32))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        initialise(model, seed)
+        materialise(model, seed, device)
     return model
 
 
@@ -65,32 +72,85 @@ def as_model_spec(spec: SpecLike) -> ModelSpec:
     return validate_model(read_raw(spec)["model"])
 
 
+def materialise(model: nn.Module, seed: int, device: str | torch.device) -> None:
+    """Gives a model on the meta device memory and weights; of what is sharded, to each process its shard."""
+    model.to_empty(device=device)
+    initialise(model, seed)
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Fills every parameter and buffer, each module from a generator seeded by (seed, its name).
 
-    So a weight depends neither on the order of construction nor on what else the model holds.
+    So a weight depends neither on the order of construction nor on what else the model holds. What is sharded, or
+    narrower than float32, is drawn whole and in float32, and each process keeps its part: the same weights on any
+    number of processes, and never more than one module's of them whole.
 
     Raises:
         TypeError: a module owns parameters or buffers and has no ``reset_parameters``.
     """
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     for name, module in model.named_modules():
-        own = {n for n, _ in module.named_parameters(recurse=False)} | {
-            n for n, _ in module.named_buffers(recurse=False)
-        }
+        own = {**module._parameters, **module._buffers}
         counters = set(getattr(module, "counters", ()))
         for counter in counters:
             getattr(module, counter).zero_()
-        if not own - counters:
+        drawn = sorted(key for key, tensor in own.items() if tensor is not None and key not in counters)
+        if not drawn:
             continue
         if not hasattr(module, "reset_parameters"):
-            raise TypeError(
-                f"{name} ({type(module).__name__}) owns {', '.join(sorted(own - counters))} "
-                f"but has no reset_parameters() to fill them"
-            )
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            told = f"{name} ({type(module).__name__}) owns {', '.join(drawn)}"
+            raise TypeError(f"{told} but has no reset_parameters() to fill them")
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _whole(module):
             torch.manual_seed(_seed_of(seed, name))
             module.reset_parameters()
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """A module whose own tensors are whole and at least float32 meanwhile; what they then hold is kept."""
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    kinds: Any = (module._parameters, module._buffers)
+    for tensors in kinds:
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+            if _is_sharded(tensor) or dtype != tensor.dtype:
+                places.append((tensors, name, tensor))
+                whole = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+                tensors[name] = nn.Parameter(whole) if tensors is module._parameters else whole
+    try:
+        yield
+        for tensors, name, tensor in places:
+            whole = tensors[name].detach()
+            if _is_sharded(tensor):
+                tensor.to_local().copy_(_shard(whole, tensor))
+            else:
+                tensor.copy_(whole)
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
+
+
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, without the half second that it takes to import that."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _shard(whole: Tensor, like: DTensor) -> Tensor:
+    """This process's part of a tensor, laid out as another is, without asking the other processes.
+
+    From the last dimension of the mesh to the first, as each division is made of what those after it have left.
+    """
+    mesh, here = like.device_mesh, like.device_mesh.get_coordinate()
+    assert here is not None, "this process is in the mesh of its model"
+    for dim in reversed(range(mesh.ndim)):
+        placement: Any = like.placements[dim]
+        if not placement.is_replicate():
+            parts = whole.chunk(mesh.size(dim), placement.dim)
+            empty = whole.narrow(placement.dim, 0, 0)
+            whole = parts[here[dim]] if here[dim] < len(parts) else empty
+    return whole
 
 
 def _seed_of(seed: int, name: str) -> int:

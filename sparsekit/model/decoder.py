@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from sparsekit.components.contracts import (
     Attention,
     Build,
+    Embedding,
     FeedForward,
     ForwardContext,
+    Linear,
     Residual,
     State,
     active_parameters,
     flops_per_token,
 )
+from sparsekit.components.embeddings import TokenEmbedding
+from sparsekit.components.linears import PlainLinear
 from sparsekit.spec.model import BlockSpec, ModelSpec
 
 
@@ -35,6 +39,22 @@ class Block(nn.Module):
         return x_BTD, state
 
 
+@dataclass(frozen=True)
+class Unembedding:
+    """The way from the final norm's output to logits, for a head that takes it in pieces.
+
+    Attributes:
+        logits: x [..., d_model] -> [..., vocab].
+        weight, bias, scale: logits(x) = scale (x weight^T + bias), where the head is that and no more; else the
+            weight is None.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer built from a model spec: ``model(ids) -> logits`` [batch, seq, vocab]."""
 
@@ -42,15 +62,25 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         build = Build(spec.d_model, spec.max_seq_len, 0, spec.n_layers, spec.linear, spec.init)
-        self.embedding = build.child(spec.embedding, vocab_size=spec.vocab_size)
+        self.embedding: Embedding = build.child(spec.embedding, vocab_size=spec.vocab_size)
         blocks = [Block(block, replace(build, layer_index=index)) for index, block in enumerate(spec.per_layer)]
         self.layers = cast(Sequence[Block], nn.ModuleList(blocks))
         self.norm = build.child(spec.last_norm)
-        self.head = None if spec.tie_embeddings else build.linear("head", spec.d_model, spec.vocab_size)
+        self.head: Linear | None = None if spec.tie_embeddings else build.linear("head", spec.d_model, spec.vocab_size)
 
-    def forward(self, ids_BT: Tensor, context: ForwardContext | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        context: ForwardContext | None = None,
+        head: Callable[[Tensor, Unembedding], Any] | None = None,
+    ) -> Any:
+        """The logits, [batch, seq, vocab], or what ``head`` makes of the final norm's output, [batch, seq, d_model].
+
+        What is called in here finds the weights whole also where they are sharded over processes.
+        """
         context = context or ForwardContext()
-        return self.logits(self.hidden(ids_BT, context), context)
+        x_BTD = self.hidden(ids_BT, context)
+        return self.logits(x_BTD, context) if head is None else head(self.norm(x_BTD), self.unembedding(context))
 
     def hidden(self, ids_BT: Tensor, context: ForwardContext) -> Tensor:
         """The last layer's output, [batch, seq, d_model], before the final norm."""
@@ -63,9 +93,24 @@ class Decoder(nn.Module):
 
     def logits(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         """The final norm and the head."""
-        x_BTD = self.norm(x_BTD)
-        logits_BTV = self.embedding.unembed(x_BTD) if self.head is None else self.head(x_BTD, context)
-        return logits_BTV if self.spec.logit_scale == 1.0 else logits_BTV * self.spec.logit_scale
+        return self.unembed(self.norm(x_BTD), context)
+
+    def unembed(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The head alone, [..., d_model] -> [..., vocab]."""
+        logits: Tensor = self.embedding.unembed(x) if self.head is None else self.head(x, context)
+        return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
+
+    def unembedding(self, context: ForwardContext) -> Unembedding:
+        """:meth:`unembed`, and what it is made of if that is a matrix product."""
+
+        def logits(x: Tensor) -> Tensor:
+            return self.unembed(x, context)
+
+        if self.head is None and type(self.embedding).unembed is TokenEmbedding.unembed:
+            return Unembedding(logits, cast(TokenEmbedding, self.embedding).weight, None, self.spec.logit_scale)
+        if self.head is not None and type(self.head).forward is PlainLinear.forward:
+            return Unembedding(logits, self.head.effective_weight(), self.head.bias, self.spec.logit_scale)
+        return Unembedding(logits)
 
     def prepare(self, ids_BT: Tensor, context: ForwardContext) -> ForwardContext:
         """The context with what layers share (masks), worked out once and not layer by layer."""

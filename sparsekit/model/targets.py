@@ -94,16 +94,20 @@ def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
     return Target(spec, path, tokenizer if tokenizer.exists() else None)
 
 
-def load_model(target: str | Path | Run | Target, *, device: str | torch.device = "cpu") -> Decoder:
+def load_model(
+    target: str | Path | Run | Target, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
     """The model of a TARGET, in evaluation mode: a checkpoint's weights, or fresh ones for a bare spec.
+
+    The weights come in ``dtype``, whatever the precision that they were trained in.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit its spec.
     """
     target = target if isinstance(target, Target) else resolve(target)
     if target.checkpoint is None:
-        return build_model(target.spec, seed=target.spec.train.seed, device=device).eval()
+        return build_model(target.spec, seed=target.spec.train.seed, device=device, dtype=dtype).eval()
     verify(target.checkpoint)
-    model = build_model(target.spec, device=device)
+    model = build_model(target.spec, device=device, dtype=dtype)
     load_weights(model, target.checkpoint / WEIGHTS)
     return model.eval()

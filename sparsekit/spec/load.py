@@ -25,7 +25,7 @@ from sparsekit.spec.typed import fields_at, type_at
 MAY_CHANGE = (
     "name", "packages", "train.max_steps", "train.max_tokens", "train.max_epochs", "train.log_every",
     "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep", "train.callbacks", "train.device",
-    "train.on_nonfinite", "train.statistics", "train.peak_flops",
+    "train.on_nonfinite", "train.statistics", "train.peak_flops", "parallel",
 )  # fmt: skip
 
 

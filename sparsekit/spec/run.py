@@ -63,6 +63,17 @@ class KeepSpec(Params):
     best: bool = True
 
 
+class BatchRampSpec(Params):
+    """Batches that grow: from ``start_tokens`` to the full batch by ``increments`` equal steps over ``ramp_tokens``.
+
+    Source: Brown et al. 2020, arXiv 2005.14165, app. B
+    """
+
+    start_tokens: PositiveInt
+    ramp_tokens: PositiveInt
+    increments: PositiveInt = 8
+
+
 class StatisticsSpec(Params):
     """What every layer does, collected while training: each ``every`` steps, with moments of the activations or not."""
 
@@ -77,6 +88,12 @@ class TrainSpec(Params):
     ``global_batch_tokens`` tokens in micro-batches of ``micro_batch_size`` sequences. The ``*_every`` fields count
     steps; null means only at the end.
 
+    ``precision`` "bf16" keeps weights, gradients and optimizer state in float32 and multiplies matrices in bfloat16
+    (autocast); "pure_bf16" keeps all of these in bfloat16, which takes half the memory and loses updates below some
+    1/256 of a weight. Under either, softmax, loss, the statistics of norms, counters and routers' biases are float32.
+
+    ``compile`` compiles each layer by itself (true, or "layers"), which is quicker to begin, or the "model" whole.
+
     An update that is not finite is left out: ``on_nonfinite`` says whether training then stops or goes on and counts
     it. On a GPU two runs are equal bit for bit only if ``deterministic``, which is slower. ``statistics`` logs what
     every layer does. ``peak_flops`` (FLOP/s of one device) stands for the table by which MFU is told.
@@ -87,13 +104,14 @@ class TrainSpec(Params):
     max_epochs: PositiveFloat | None = None
     global_batch_tokens: PositiveInt | None = None
     micro_batch_size: PositiveInt = 8
+    batch_ramp: BatchRampSpec | None = None
     objective: Annotated[Choice, Slot("objective")] = pick("next_token")
     optimizer: Annotated[Choice, Slot("optimizer")] = pick("adamw")
     schedule: Annotated[Choice, Slot("schedule")] = pick("cosine")
     max_grad_norm: PositiveFloat | None = 1.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    precision: Literal["fp32", "bf16", "pure_bf16"] = "fp32"
+    compile: bool | Literal["layers", "model"] = False
     deterministic: bool = False
     seed: NonNegativeInt = 0
     device: str = "auto"
@@ -108,6 +126,14 @@ class TrainSpec(Params):
         default_factory=lambda: [pick("progress"), pick("tensorboard"), pick("sample")]
     )
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compiles(cls, value: object) -> object:
+        """In one line, where pydantic has one for each member of the union."""
+        if isinstance(value, bool) or value in ("layers", "model"):
+            return value
+        raise ValueError(f"expected true, false, 'layers' or 'model', got {value!r}")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:
         lengths = ("max_steps", "max_tokens", "max_epochs")
@@ -115,6 +141,33 @@ class TrainSpec(Params):
         if len(given) > 1:
             raise_problems([((given[1],), f"give one of {', '.join(lengths)}, not {' and '.join(given)}")])
         return self
+
+
+class ParallelSpec(Params):
+    """How a model is laid out over the processes that train it; of one process only ``activation_checkpoint`` counts.
+
+    ``data`` "fsdp" shards every weight, its gradient and its optimizer state over all processes, and gathers a layer's
+    weights while it runs, in the backward once more if ``reshard_after_forward``; "ddp" keeps them whole on each.
+    ``activation_checkpoint`` recomputes in the backward what a layer works out in the forward: of all layers ("full"),
+    of every n-th (a number n), of all but for matrix products and attention ("selective").
+
+    ``tensor`` processes share each batch, and each holds a part of every attention and feed-forward. ``expert``
+    processes, each with batches of its own, divide the experts of every mixture, and send each other tokens.
+    """
+
+    data: Literal["fsdp", "ddp"] = "fsdp"
+    reshard_after_forward: bool = True
+    activation_checkpoint: Literal["none", "full", "selective"] | PositiveInt = "none"
+    tensor: PositiveInt = 1
+    expert: PositiveInt = 1
+
+    @field_validator("activation_checkpoint", mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        """In one line, where pydantic has one for each member of the union."""
+        if value in ("none", "full", "selective") or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"expected 'none', 'full', 'selective', or n for every n-th layer, got {value!r}")
 
 
 class RunSpec(Params):
@@ -127,6 +180,7 @@ class RunSpec(Params):
     model: ModelSpec
     data: DataSpec = Field(default_factory=lambda: cast(DataSpec, {}))  # validated, hence imported, only when used
     train: TrainSpec = Field(default_factory=lambda: cast(TrainSpec, {}))
+    parallel: ParallelSpec = ParallelSpec()
     packages: dict[str, str] = Field(default_factory=dict)
 
     @property

@@ -27,7 +27,7 @@ from sparsekit.model.weights import MODEL_PREFIX, OPTIMIZER_PREFIX, WEIGHTS, alo
 from sparsekit.spec.load import MAY_CHANGE, dump
 from sparsekit.spec.merge import differences
 from sparsekit.spec.run import KeepSpec, RunSpec
-from sparsekit.training.distributed import World
+from sparsekit.training.distributed import World, in_a_line
 from sparsekit.training.gradients import local
 
 STATE, RANDOM = "state.json", "random.safetensors"
@@ -225,7 +225,7 @@ def reason_of(error: BaseException) -> str:
         error = first[0] if isinstance(first, tuple) else first
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_a_line(error)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sparsekit.errors import SparsekitError, SpecError
 
@@ -37,6 +39,7 @@ class World:
         rank, size: which of how many.
         control: a CPU group to agree over, without waiting for a device; None in a world of one.
         saving: another, for a checkpoint that is written while training goes on.
+        tensor: how many neighbouring processes share each batch, every one with a part of the layers.
     """
 
     device: torch.device
@@ -44,10 +47,20 @@ class World:
     size: int = 1
     control: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
+    tensor: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of ``data_size`` parts of the data this process reads."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over all processes, in place."""
@@ -133,9 +146,9 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(here)
     began = not dist.is_initialized()
     if began:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, _ = next(rendezvous("env://"))
         # torchrun starts dead processes again over the same store, where their predecessors' addresses still stand
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     groups = [dist.new_group(backend="gloo") for _ in range(2)]
@@ -144,13 +157,17 @@ def joined(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = re.sub(r"^\[[^]]*\] *|\. This is typically .*", "", str(error).splitlines()[0])
-        told = f"rank {dist.get_rank()}: another process of this run has ended or is out of reach ({reason})"
+        told = f"rank {dist.get_rank()}: another process of this run has ended or is out of reach ({in_a_line(error)})"
         print(f"error: {told}; see what it wrote, and train again to go on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         if began:
             dist.destroy_process_group()
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error of torch's says, without the place in its source and without its advice."""
+    return re.sub(r"^\[\S*\] |\. This is typically .*", "", " ".join(str(error).split())) or type(error).__name__
 
 
 def usable(name: str) -> torch.device:

@@ -61,7 +61,7 @@ class Evaluation:
         return told
 
     def _loss(self, name: str, model: Decoder, objective: Any, autocast: Callable[[], Any]) -> float | None:
-        rank, size = self.world.rank, self.world.size
+        rank, size = self.world.data_rank, self.world.data_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # of the loss, and of targets
         batches = validation_batches(self.windows[name], self.micro_batch_size, self.limit)
         while round_ := list(itertools.islice(batches, size)):
@@ -73,7 +73,7 @@ class Evaluation:
             with autocast():
                 loss = objective(model, batch, ForwardContext(documents_BT=batch.documents_BT))
             if mine:
-                sums[0] += loss
+                sums[0] += loss.reported
                 sums[1] += batch.n_targets
-        total, n_targets = self.world.sum(sums).tolist()
+        total, n_targets = self.world.sum(sums / self.world.tensor).tolist()
         return total / max(1.0, n_targets)

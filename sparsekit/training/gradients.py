@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,14 +15,14 @@ from sparsekit.training.distributed import World
 class Gradients:
     """The gradients of a model's parameters: their norms and their clipping.
 
-    Nothing here makes the host wait for the device.
+    Parameters may be sharded over different meshes: each rank adds up the squares of what it holds, each over the
+    number of ranks that hold the same. Nothing here makes the host wait for the device.
     """
 
     def __init__(self, model: nn.Module, world: World):
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.world = world
-        # what is whole on every rank must not count once a rank
-        share = [1.0 if isinstance(p, DTensor) else 1.0 / world.size for _, p in self.named]
+        share = [1.0 / copies(p, world.size) for _, p in self.named]
         self._shares = dict(
             zip([name for name, _ in self.named], torch.tensor(share, device=world.device), strict=True)
         )
@@ -55,6 +56,14 @@ class Gradients:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensor: Tensor, n_ranks: int) -> int:
+    """How many of all ranks hold the same part of a tensor, or the same tensor."""
+    if not isinstance(tensor, DTensor):
+        return n_ranks
+    mesh = tensor.device_mesh
+    return n_ranks // math.prod(mesh.size(i) for i, p in enumerate(tensor.placements) if not p.is_replicate())
 
 
 def clip_factor(norm: Tensor, limit: float | None) -> Tensor:

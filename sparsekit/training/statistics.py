@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import get_world_size
+from torch.distributed.tensor import DTensor
 
 from sparsekit.components.contracts import ForwardContext, Linear
 from sparsekit.model.decoder import Decoder
+from sparsekit.training.gradients import copies
 
 SITES = ("resid", "attn_out", "ffn_out")
 # means over tokens: of the variance over channels, of powers of all entries, of the skewness and kurtosis over channels
@@ -52,9 +55,9 @@ class LayerStatistics:
     Source: arXiv 2603.15389 (variance and moments)
     """
 
-    def __init__(self, model: Decoder, moments: bool = True):
+    def __init__(self, model: Decoder, moments: bool = True, alike: int = 1):
         self.model = model
-        self.moments = moments
+        self.moments, self.alike = moments, alike
         self.layers: list[Any] = list(model.layers)
         self._downs = [[m for m in layer.ffn.modules() if _is_down(m)] for layer in self.layers]
         self._loads = dict(self._counting("load"))
@@ -236,7 +239,7 @@ class LayerStatistics:
         self._sums["sites"][:, SITES.index(site), index] += means_K * self._weight
         self._seen.add((site, index))
         if (site, index) == ("resid", 0):
-            self._sums["tokens"] += x_ND.shape[0]
+            self._sums["tokens"] += x_ND.shape[0] / self.alike
 
     @torch.no_grad()
     def _see_hidden(self, index: int, x: Tensor, context: ForwardContext | None = None) -> None:
@@ -309,11 +312,6 @@ def _norm(tensor: Tensor) -> Tensor:
 
 def _shard(tensor: Tensor) -> tuple[Tensor, float | None]:
     """This rank's shard, and by which its square counts in a sum over ranks; None for what is no DTensor."""
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(tensor, DTensor):
         return tensor, None
-    copies = math.prod(
-        tensor.device_mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()
-    )
-    return tensor.to_local(), 1 / copies
+    return tensor.to_local(), 1 / copies(tensor, get_world_size())

@@ -30,7 +30,8 @@ from sparsekit.training.evaluation import Evaluation
 from sparsekit.training.gradients import Gradients, clip_factor, masked_step
 from sparsekit.training.hardware import Meter, peak_flops
 from sparsekit.training.metrics import MetricsLog
-from sparsekit.training.parallel import parallelise
+from sparsekit.training.parallel import check_sizes, group_by_mesh, last_micro_batch, parallelise
+from sparsekit.training.schedules import BatchRamp, Place
 from sparsekit.training.statistics import LayerStatistics
 from sparsekit.training.watch import Late, SpikeWatch, StepReport, first_not_finite
 
@@ -51,36 +52,36 @@ class Trainer:
     def __init__(self, spec: RunSpec, run: Run, world: World | None = None, agreement: Agreement | None = None):
         settings = spec.train
         self.spec, self.run = with_packages(spec), run
-        self.world = world or World(usable(settings.device))
+        self.world = replace(world or World(usable(settings.device)), tensor=spec.parallel.tensor)
         self.agreement = agreement or Agreement(self.world)
         self.device = self.world.device
         run.folder.mkdir(parents=True, exist_ok=True)
-        micro_batches, rest = divmod(spec.global_batch_tokens, spec.micro_batch_tokens * self.world.size)
-        if rest:
-            told = f"{spec.global_batch_tokens} tokens are not a multiple of {self.world.size} processes' micro-batches"
-            problem = f"train.global_batch_tokens: {told} of {spec.micro_batch_tokens} tokens"
-            raise self.world.alike(SpecError([problem]))
-        self.micro_batches: int = micro_batches
+        self.world.together(lambda: check_sizes(spec.parallel, self.world.size))
+        n_readers = self.world.data_size
+        unit = spec.micro_batch_tokens * n_readers
+        self.ramp = self.world.together(lambda: BatchRamp(settings.batch_ramp, spec.global_batch_tokens, unit))
         self.world.from_main(self._read_data)  # which may train a tokenizer, once
         if self.world.size > 1:
             self.world.together(lambda: None if self.is_main else self._read_data())
         self.tokenizer = self.data.tokenizer
         self.loader = Prefetched(
-            self.data.loader(spec.seq_len, settings.seed, settings.micro_batch_size, self.world.rank, self.world.size),
+            self.data.loader(spec.seq_len, settings.seed, settings.micro_batch_size, self.world.data_rank, n_readers),
             pin=self.device.type == "cuda",
         )
         self.evaluation = Evaluation(
             self.data.validation, spec.seq_len, spec.data.document_mask, settings.micro_batch_size,
             settings.eval_tokens and max(1, settings.eval_tokens // spec.seq_len), self.world, self._asked_to_stop,
         )  # fmt: skip
-        torch.manual_seed(settings.seed + 1_000_003 * self.world.rank)  # of what is drawn in training
-        self.model = build_model(spec.model, seed=settings.seed, device=self.device)
+        torch.manual_seed(settings.seed + 1_000_003 * self.world.data_rank)  # of what is drawn in training
+        dtype = torch.bfloat16 if settings.precision == "pure_bf16" else torch.float32
+        self.model = build_model(spec.model, device="meta", dtype=dtype)
         _demand_causal(self.model, spec.model.allow_leak)
-        parallelise(self.model, self.world, settings.compile)
+        self.world.together(lambda: parallelise(self.model, spec, self.world))
         components = [module for module in self.model.modules() if isinstance(module, Component)]
         self.moved_by_rule = [m for m in components if type(m).after_step is not Component.after_step]
         self.objective = settings.objective.cls(settings.objective.params)
         self.optimizer: torch.optim.Optimizer = settings.optimizer.cls(settings.optimizer.params).build(self.model)
+        group_by_mesh(self.optimizer)
         for group in self.optimizer.param_groups:
             group["peak_lr"] = group["lr"]
         self.gradients = Gradients(self.model, self.world)
@@ -112,11 +113,11 @@ class Trainer:
         if settings.max_steps is not None:
             return settings.max_steps
         if settings.max_tokens is not None:
-            return math.ceil(settings.max_tokens / self.spec.global_batch_tokens)
+            return self.ramp.steps(settings.max_tokens)
         if self.spec.data.streaming is not None:
             raise SpecError(["train.max_steps: a stream has no known length; give max_steps or max_tokens"])
         epochs = settings.max_epochs or 1.0
-        return max(1, math.ceil(epochs * self.loader.n_windows / (self.spec.global_batch_tokens // self.spec.seq_len)))
+        return max(1, self.ramp.steps(math.ceil(epochs * self.loader.n_windows) * self.spec.seq_len))
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint.
@@ -168,7 +169,7 @@ class Trainer:
                     due_eval = last or _due(step, settings.eval_every)
                     statistics = None
                     if settings.statistics is not None and _due(step, settings.statistics.every):
-                        statistics = LayerStatistics(self.model, settings.statistics.moments)
+                        statistics = LayerStatistics(self.model, settings.statistics.moments, self.world.tensor)
                     due_log = due_eval or step == 1 or _due(step, settings.log_every) or statistics is not None
                     told = self.step(due_log, statistics)
                     if last:
@@ -202,27 +203,32 @@ class Trainer:
     def step(self, collect: bool = False, statistics: LayerStatistics | None = None) -> dict[str, Tensor | float]:
         """One update: its loss (mean nats a target), gradient norm before clipping and learning rate.
 
-        With ``collect`` also the norm of all parameters and what components counted (auxiliary losses and the like),
-        averaged over layers and, by targets, over micro-batches and ranks; ``statistics`` collects its own. Everything
-        stays on the device: nobody waits for a number that is not logged. An update that is not finite is left out.
+        With ``collect`` also the norm of all parameters, further parts of the objective, and what components counted
+        (auxiliary losses and the like), averaged over layers and, by targets, over micro-batches and ranks;
+        ``statistics`` collects its own. Everything stays on the device: nobody waits for a number that is not logged.
+        An update that is not finite is left out.
         """
         self.model.train()
-        batches = [self.loader.next() for _ in range(self.micro_batches)]
+        batch_tokens = self.ramp.batch_tokens(self.progress.tokens)
+        batches = [self.loader.next() for _ in range(batch_tokens // self.ramp.unit)]
         self._recent.append((self.progress.step + 1, batches))
         n_targets = self._all_targets(batches)  # a document mask can leave none
         loss_sum = torch.zeros((), device=self.device)
         counted: dict[str, Tensor] = {}
         by_rule: dict[Component, dict[str, Tensor]] = {module: {} for module in self.moved_by_rule}
-        for host_batch in batches:
+        for number, host_batch in enumerate(batches):
             batch = host_batch.to(self.device, non_blocking=True)
-            share = batch.n_targets / n_targets
+            last_micro_batch(self.model, self.spec.parallel, number == len(batches) - 1)
+            share = batch.n_targets / n_targets / self.world.tensor  # which all hold the same
             context = self._context(batch, share * self.world.size)
             with statistics.collecting(share) if statistics is not None else contextlib.nullcontext():
                 with self._autocast():
                     loss = self.objective(self.model, batch, context)
-                (loss * (self.world.size / n_targets)).backward()  # ranks' gradients are averaged
-            loss_sum = loss_sum + loss.detach()
+                (loss.total * (self.world.data_size / n_targets)).backward()  # ranks' gradients are averaged
+            loss_sum = loss_sum + loss.reported.detach()
             if collect:
+                for name, value in loss.further.items():
+                    counted[name] = counted.get(name, 0) + value.detach() / n_targets / self.world.tensor
                 for name, value in self._counters().items():
                     counted[name] = counted.get(name, 0) + value * share
             for module, sums in by_rule.items():
@@ -234,7 +240,8 @@ class Trainer:
             statistics.norms()
         if collect:
             counted["param_norm"] = self.gradients.parameter_squares()
-        loss, norm = self._update(loss_sum / n_targets)
+        lr = self._set_learning_rate()
+        loss, norm = self._update(loss_sum / n_targets / self.world.tensor)
         self._sum_over_ranks([counted, *by_rule.values()])
         if collect:
             counted["param_norm"] = counted["param_norm"].sqrt()
@@ -243,9 +250,9 @@ class Trainer:
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
-            tokens=self.progress.tokens + self.spec.global_batch_tokens,
+            tokens=self.progress.tokens + batch_tokens,
         )
-        return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, **counted}
+        return {"loss": loss, "lr": lr, "grad_norm": norm, **counted}
 
     def _sum_over_ranks(self, counted: list[dict[str, Tensor]]) -> None:
         """Replaces each number by its sum over ranks, in one message."""
@@ -262,7 +269,17 @@ class Trainer:
         mine = max(1, sum(batch.n_targets for batch in batches))
         if self.world.size == 1:
             return mine
-        return self.world.sum(torch.full((), float(mine), device=self.device))
+        return self.world.sum(torch.full((), mine / self.world.tensor, device=self.device))
+
+    def _set_learning_rate(self) -> float:
+        """Of this step: the optimizer's own, of which groups may have others."""
+        step, tokens = self.progress.step, self.progress.tokens
+        total_tokens = self.ramp.tokens(self.total_steps)
+        place = Place(step, self.total_steps, tokens, self.ramp.batch_tokens(tokens), total_tokens)
+        factor = self.schedule.factor(place)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return float(self.optimizer.defaults["lr"] * factor)
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clips and applies the gradients: (loss of all ranks, gradient norm)."""
@@ -276,9 +293,6 @@ class Trainer:
         # asked to stop, nothing is changed any more from the first bad update on until the host hears of it
         self._bad = self._bad | bad if settings.on_nonfinite == "stop" else bad
         self.gradients.scale(clip_factor(norm, settings.max_grad_norm))
-        factor = self.schedule.factor(self.progress.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
         masked_step(self.optimizer, self._bad)
         self.optimizer.zero_grad(set_to_none=True)
         self._look_at(self._late.put(self.progress.step + 1, told, world.size, names))
@@ -335,7 +349,7 @@ class Trainer:
         return ForwardContext(documents_BT=batch.documents_BT, progress=progress, loss_scale=loss_scale)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.spec.train.precision == "fp32":
+        if self.spec.train.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 

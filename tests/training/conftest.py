@@ -54,3 +54,11 @@ def raw(text: Path) -> dict[str, Any]:
             "callbacks": [],
         },
     }
+
+
+@pytest.fixture
+def saving(raw: dict[str, Any]) -> dict[str, Any]:
+    """The small run, saving every third of its twelve steps and keeping all; its router draws random numbers."""
+    raw["model"]["layers"]["1"]["ffn"]["router"] = {"type": "top_k", "k": 2, "jitter": 0.1}
+    raw["train"] |= {"checkpoint_every": 3, "keep": {"last": 10}}
+    return raw

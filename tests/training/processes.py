@@ -18,6 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sparsekit.model.targets import Run
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
     "sparsekit.cli", "sparsekit.training.run", "torch.distributed.fsdp", "torch.distributed.checkpoint.hf_storage",
@@ -113,6 +115,22 @@ def _work(command: list[str], rank: int, n: int, port: int, log: Path, prepare: 
         prepare()
     sys.argv = command
     main()
+
+
+def reached(run: Run) -> int:
+    """The last step that a run has logged; 0 where none is."""
+    rows = run.metrics
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def steps(run: Run) -> list[int]:
+    """Of its checkpoints."""
+    return [int(path.name.removeprefix("step-")) for path in run.checkpoints]
+
+
+def leftovers(run: Run) -> list[str]:
+    """What was never given its name."""
+    return [path.name for path in run.folder.rglob("*") if path.name.endswith(".tmp")]
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Crew, finished, free_port, start
-from test_faults import in_evaluation, limit_files
+from processes import Crew, finished, free_port, reached, start, steps
+from test_faults import limit_files, wait_for_save
+from test_kills import in_evaluation
 from test_resume import assert_same_run, rows, tensors
 
+from sparsekit.errors import DataError
 from sparsekit.files import verify
 from sparsekit.model.targets import Run
 from sparsekit.spec.load import validate
@@ -37,10 +40,6 @@ def pair(raw: dict[str, Any]) -> dict[str, Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """What two processes do with a spec if nothing befalls them, by spec."""
     return {}
-
-
-def steps(run: Run) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in run.checkpoints]
 
 
 def assert_close_runs(left: Run, right: Run) -> None:
@@ -103,15 +102,16 @@ def _loader(raw: dict[str, Any]) -> Any:
 def test_a_signal_to_one_of_two(pair: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to rank 1 alone, while it trains: both save and end; the resumed run is the undisturbed one."""
     pair["train"]["max_steps"] = 40
+    pair["model"]["layers"]["1"]["ffn"]["router"] = {"type": "top_k", "k": 2, "jitter": 0.1}  # random on each rank
     whole, part = Run(tmp_path / "whole"), Run(tmp_path / "part")
     finished(pair, whole.folder, 2)
     crew = start(pair, part.folder, 2)
-    crew.until(lambda: len(part.metrics) >= 6)
+    crew.until(lambda: reached(part) >= 6)
     crew.send(signal.SIGTERM, rank=1)
     assert crew.wait() == [0, 0], crew.told
-    reached = part.metrics[-1]["step"]
-    assert crew.told == [f"{part.folder}: stopped and saved at step {reached}\n", ""]
-    assert 6 <= reached < 40 and steps(part)[-1] == reached
+    last = reached(part)
+    assert crew.told == [f"{part.folder}: stopped and saved at step {last}\n", ""]
+    assert 6 <= last < 40 and steps(part)[-1] == last
     finished(pair, part.folder, 2)
     assert_same_run(whole, part)
 
@@ -165,8 +165,11 @@ def small_files(begin: int, end: int) -> None:
 
     def step(self: Any, *arguments: Any, **more: Any) -> Any:
         told = real(self, *arguments, **more)
-        if self.progress.step in (begin, end):
-            limit_files(12000 if self.progress.step == begin else None)
+        if self.progress.step == begin:
+            limit_files(12000)
+        if self.progress.step == end:
+            wait_for_save(self)
+            limit_files(None)
         return told
 
     trainer.Trainer.step = step
@@ -188,6 +191,29 @@ def test_no_room_on_one_ranks_disk(pair: dict[str, Any], tmp_path: Path, rank: i
     assert fails.wait() == [2, 2], fails.told
     assert steps(Run(tmp_path / "last")) == [4, 8]
     assert "the checkpoint of step 12 could not be written (" in fails.told[0] and fails.told[1] == ""
+
+
+def fail_once(step: int) -> None:
+    """Of a step's checkpoint, the first to be sealed finds the disk full; which rank 0 alone gets to know."""
+    from sparsekit.training import checkpoint
+
+    real, failed = checkpoint.seal, []
+
+    def seal(temporary: Path, path: Path) -> None:
+        if path.name == f"step-{step:08d}" and not failed:
+            failed.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(temporary, path)
+
+    checkpoint.seal = seal
+
+
+def test_a_last_save_is_tried_again_by_all(pair: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    crew = finished(pair, run.folder, 2, partial(fail_once, 12))
+    assert "the checkpoint of step 12 could not be written (No space left on device)" in crew.told[0]
+    assert steps(run) == [4, 8, 12]
+    verify(run.checkpoints[-1])
 
 
 def one_line(crew: Crew) -> str:
@@ -213,6 +239,16 @@ def spoil(step: int) -> None:
     trainer.Trainer.step = spoiling
 
 
+def hide_a_file() -> None:
+    """Text that lies on the other rank's machine alone."""
+    from sparsekit.training import trainer
+
+    def load_data(*arguments: Any) -> Any:
+        raise DataError("text.txt: no such file")
+
+    trainer.load_data = load_data
+
+
 def test_mistakes_are_told_once(pair: dict[str, Any], tmp_path: Path) -> None:
     def told(changes: dict[str, Any], **how: Any) -> str:
         raw = copy.deepcopy(pair)
@@ -224,13 +260,14 @@ def test_mistakes_are_told_once(pair: dict[str, Any], tmp_path: Path) -> None:
     assert told({"train.max_step": 3}).startswith("error: train: unknown key 'max_step' (did you mean 'max_steps'?)")
     assert told({"train.device": "quantum"}).startswith("error: train.device: 'quantum' cannot be used (")
     assert told({"train.global_batch_tokens": 64}) == (
-        "error: train.global_batch_tokens: 64 tokens are not a multiple of 2 processes' micro-batches of 64 tokens"
+        "error: train.global_batch_tokens: 64 is not a multiple of 128, a micro-batch on each process"
     )
     missing = str(tmp_path / "missing.txt")
     assert missing in told({"data.source": {"type": "text", "path": missing}})
     nowhere = tmp_path / "step-00000001"
     line = told({}, arguments=("--resume", str(nowhere)))
     assert line == f"error: {nowhere}: no such checkpoint; give a checkpoint's folder, a run's, auto or never"
+    assert told({}, prepare=partial(only, 1, hide_a_file)) == "error: text.txt: no such file"
     line = told({}, prepare=partial(only, 1, partial(spoil, 3)))
     assert line.startswith("error: step 3: rank 0: loss nan, first in layers.1.attention.o: training has diverged (")
 
@@ -238,7 +275,7 @@ def test_mistakes_are_told_once(pair: dict[str, Any], tmp_path: Path) -> None:
 def test_a_stream_refuses_another_number_of_processes(pair: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("torchdata")
     source = pair["data"]["source"]
-    Path(source["path"]).write_text("#".join(f"document {i} of some length" for i in range(100)))
+    Path(source["path"]).write_text("\n#\n".join(f"document {i} of some length" for i in range(100)))
     source["separator"], pair["data"]["streaming"] = "#", {"buffer": 8}
     run = Run(tmp_path / "run")
     for until, n in ((4, 2), (6, 2)):
@@ -269,18 +306,20 @@ def test_torchrun(pair: dict[str, Any], tmp_path: Path, how: str) -> None:
                "-m", "sparsekit.cli", "train", str(spec), "--out", str(part.folder)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("wb") as log:
-        agent = subprocess.Popen(command, env=environment, stderr=log, start_new_session=True)
+        agent = subprocess.Popen(command, env=environment, stderr=log)
         try:
             for at in (60, 140) if how == "a rank is killed" else (60,):
                 waiting = Crew(part.folder, [], [])
-                waiting.until(lambda at=at: bool(part.metrics) and part.metrics[-1]["step"] >= at)
+                waiting.until(lambda at=at: reached(part) >= at)
                 if how == "a rank is killed":
                     os.kill(children(agent.pid)[-1], signal.SIGKILL)
                 else:
-                    os.killpg(agent.pid, signal.SIGTERM)
+                    for pid in (*children(agent.pid), agent.pid):
+                        os.kill(pid, signal.SIGTERM)
             agent.wait(120)
         finally:
-            agent.kill()
+            for pid in (*children(agent.pid), agent.pid) if agent.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
     told = (tmp_path / "log").read_text()
     if how == "a rank is killed":
         assert agent.returncode == 0, told
