@@ -27,7 +27,7 @@ from sparsekit.spec.load import validate
 from sparsekit.spec.run import RunSpec
 from sparsekit.training.distributed import World
 from sparsekit.training.gradients import Gradients, local
-from sparsekit.training.parallel import Layout, check_sizes, parallelise
+from sparsekit.training.parallel import Layout, check_sizes, last_micro_batch, parallelise
 from sparsekit.training.recompute import recompute
 from sparsekit.training.run import train
 from sparsekit.training.statistics import LayerStatistics
@@ -173,17 +173,20 @@ def test_which_layers_recompute(tiny: Make) -> None:
     assert calls(3) == [1, 1, 2, 1, 1]
 
 
+class Counting(TorchDispatchMode):
+    """How often each operator ran in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name()] = self.counts.get(func.name(), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_selective_runs_no_matrix_product_twice(tiny: Make, moe: Make) -> None:
     """Each product once forward and twice backward, attention once each way."""
-
-    class Counting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.counts: dict[str, int] = {}
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.counts[func.name()] = self.counts.get(func.name(), 0) + 1
-            return func(*args, **(kwargs or {}))
 
     def counted(which: str) -> dict[str, int]:
         model = build_model(deep(tiny, moe))
@@ -297,6 +300,24 @@ def test_never_more_than_one_module_is_whole(raw: dict[str, Any]) -> None:
     assert shards < 0.15 * whole
     assert shards <= living.most <= shards + buffers + max(modules) + tables
     assert living.most < 0.5 * whole
+
+
+@pytest.mark.parametrize(
+    ("data", "operator", "early", "late"), [("ddp", "allreduce", 0, 3), ("fsdp", "reduce_scatter", 3, 3)]
+)
+def test_when_gradients_are_averaged(raw: dict[str, Any], data: str, operator: str, early: int, late: int) -> None:
+    """Of two layers and the rest: after each micro-batch where they are sharded, after the last where they are not."""
+    spec = validate(raw | {"parallel": {"data": data}})
+    with pretended(0, 2) as world:
+        model = laid_out(spec, world)
+        model(torch.zeros(1, 4, dtype=torch.long))
+        for last, expected in ((False, early), (True, late)):
+            last_micro_batch(model, spec.parallel, last)
+            loss = model(torch.zeros(1, 4, dtype=torch.long)).sum()
+            with Counting() as counting:
+                loss.backward()
+            found = {name: n for name, n in counting.counts.items() if name.startswith("c10d::")}
+            assert sum(n for name, n in found.items() if operator in name) == expected, found
 
 
 def test_what_each_process_holds(raw: dict[str, Any]) -> None:
@@ -456,6 +477,8 @@ def compare(n: int, cases: dict[str, tuple[dict[str, Any], dict[str, Any], float
         for key in a:
             if key.startswith("model."):
                 torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+            elif key.startswith("optimizer.exp_avg/"):  # gradients, of which Adam's updates do not tell the size
+                assert (a[key] - b[key]).abs().max() <= 1e-3 * a[key].abs().max(), (name, key)
 
 
 def shapes(folder: Path, rank: int) -> dict[str, list[int]]:
@@ -482,8 +505,8 @@ def test_two_processes_are_one(twenty: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_more_of_two_processes(twenty: dict[str, Any], tmp_path: Path) -> None:
-    """DDP with two micro-batches a step; everything that can be divided; a mixture of whose processes one gets no token; and a
-    run that goes from one layout to the next."""
+    """DDP with two micro-batches a step; everything that can be divided; a mixture of which one process gets no token;
+    and a run that goes from one layout to the next."""
     text = tmp_path / "a.txt"
     text.write_text("a" * 4000)
     alone = with_(twenty, {}, max_steps=3)
