@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sparsekit.components.contracts import Component
 from sparsekit.training.distributed import World
 
 
@@ -91,6 +92,15 @@ def masked_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         now = local(tensor)
         old = before.get(id(tensor), torch.zeros_like(now))  # what this step made began at zero
         now.copy_(torch.where(bad, old, now))
+
+
+@torch.no_grad()
+def masked_after_step(module: Component, counted: Mapping[str, Tensor], bad: Tensor) -> None:
+    """What a component moves by rule after a step, of which nothing remains where ``bad`` is true."""
+    before = [buffer.clone() for buffer in module.buffers(recurse=False)]
+    module.after_step(counted)
+    for buffer, old in zip(module.buffers(recurse=False), before, strict=True):
+        buffer.copy_(torch.where(bad, old, buffer))
 
 
 def written(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

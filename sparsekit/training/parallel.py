@@ -40,9 +40,9 @@ def parallelise(model: Decoder, spec: RunSpec, world: World) -> None:
     """Lays a model on the meta device out over all processes, in place, and fills it with its first weights.
 
     In this order: layers and experts are divided, layers recompute, are compiled, and are sharded; then each process
-    allocates and fills what it holds. Gradients are averaged over the processes that read different data; the gradient
-    of a step's micro-batches is averaged at once for each where it is sharded ("fsdp"), so that no process ever holds
-    it whole, and for the last one only where it is whole anyway ("ddp").
+    allocates and fills what it holds. Gradients are averaged over the processes that read different data: after every
+    micro-batch where they are sharded ("fsdp"), so that no process keeps them whole, and after a step's last where
+    they are whole anyway ("ddp").
 
     In precision bf16 layers are gathered in bfloat16, which is what their matrix products would round them to, and
     gradients are averaged in float32; norms' weights in layers are rounded too, the stream of activations is not.

@@ -27,7 +27,7 @@ from sparsekit.training import checkpoint
 from sparsekit.training.checkpoint import Progress, Saver
 from sparsekit.training.distributed import SAVE, STOP, Agreement, World, usable
 from sparsekit.training.evaluation import Evaluation
-from sparsekit.training.gradients import Gradients, clip_factor, masked_step
+from sparsekit.training.gradients import Gradients, clip_factor, masked_after_step, masked_step
 from sparsekit.training.hardware import Meter, peak_flops
 from sparsekit.training.metrics import MetricsLog
 from sparsekit.training.parallel import check_sizes, group_by_mesh, last_micro_batch, parallelise
@@ -246,7 +246,7 @@ class Trainer:
         if collect:
             counted["param_norm"] = counted["param_norm"].sqrt()
         for module, sums in by_rule.items():
-            module.after_step(sums)
+            masked_after_step(module, sums, self._bad)
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,

@@ -18,13 +18,14 @@ from test_resume import assert_same_run, tensors
 from torch import Tensor, nn
 
 from sparsekit.errors import SparsekitError
+from sparsekit.model.build import build_model
 from sparsekit.model.targets import METRICS, Run
 from sparsekit.registry import registry
 from sparsekit.spec.load import validate
 from sparsekit.training.callbacks import Callback
 from sparsekit.training.checkpoint import STATE, tensors_of
 from sparsekit.training.distributed import STOP, World
-from sparsekit.training.gradients import Gradients, clip_factor, masked_step, written
+from sparsekit.training.gradients import Gradients, clip_factor, masked_after_step, masked_step, written
 from sparsekit.training.run import train
 from sparsekit.training.trainer import Trainer
 from sparsekit.training.watch import SPIKE_AFTER, SpikeWatch, StepReport
@@ -355,3 +356,18 @@ def test_no_step_makes_the_host_wait(raw: dict[str, Any], tmp_path: Path, optimi
         torch.cuda.set_sync_debug_mode("default")
     trainer.close()
     assert trainer.progress.step == 6
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_what_moves_by_rule_is_masked_too(bad: bool) -> None:
+    model = build_model({
+        "d_model": 16, "n_layers": 1, "vocab_size": 32, "max_seq_len": 8,
+        "block": {"attention": {"type": "mha", "n_heads": 2}, "ffn": {
+            "type": "moe", "n_experts": 4, "expert": {"type": "swiglu", "d_ff": 16},
+            "router": {"type": "top_k", "k": 1, "bias_rate": 0.5},
+        }},
+    })  # fmt: skip
+    router: Any = model.layers[0].ffn.router  # type: ignore[union-attr]
+    masked_after_step(router, {"chosen_E": torch.tensor([1.0, 0.0, 0.0, 0.0])}, torch.tensor(bad))
+    moved = [-0.5, 0.5, 0.5, 0.5]
+    assert router.bias_E.tolist() == ([0.0] * 4 if bad else moved)
