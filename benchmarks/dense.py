@@ -3,9 +3,10 @@
 python benchmarks/dense.py [--shapes 400m 1.28b] [--steps 10] [--seconds 500] [--out FILE]
 
 A step is forward, cross-entropy, backward, clipping and fused AdamW on one batch of random tokens. The module by hand
-has no slots, no context and no spec, and is compiled whole. The spec-built model is compiled whole, and layer by layer
-as ``train.compile`` does, with the trainer's own clipping and masked update. Rounds of steps are interleaved; medians.
-MFU as in PaLM: (6 N + 12 L d S) FLOPs a token, N without the input embedding, over the device's dense bf16 peak.
+has no slots, no context and no spec, and is compiled whole with its loss. The spec-built model is compiled whole, and
+layer by layer as ``train.compile`` does, with the trainer's own objective, clipping and masked update. Rounds of
+steps are interleaved; medians. MFU as in PaLM: (6 N + 12 L d S) FLOPs a token, N without the input embedding, over the
+device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekit.components.contracts import ForwardContext
+from sparsekit.data.packing import Batch
 from sparsekit.model.build import build_model
 from sparsekit.training.distributed import World
 from sparsekit.training.gradients import Gradients, clip_factor, masked_step
 from sparsekit.training.hardware import peak_flops
+from sparsekit.training.objectives import NextToken
 
 VOCAB = 50304
 # name: d_model, layers, heads, d_ff, sequence, batch, precision
@@ -93,24 +97,41 @@ def spec_of(d_model: int, n_layers: int, n_heads: int, d_ff: int, seq_len: int) 
 
 
 class Side:
-    """One way to train, with what it needs for a step."""
+    """One way to train, with what it needs for a step; ``compiled`` is "whole", "layers" or "no"."""
 
-    def __init__(self, name: str, model: nn.Module, dtype: torch.dtype, autocast: bool, ours: bool):
+    def __init__(self, name: str, model: nn.Module, dtype: torch.dtype, autocast: bool, ours: bool, compiled: str):
         self.name, self.model, self.autocast, self.ours = name, model.to(dtype), autocast, ours
+        self.loss = self._ours(compiled) if ours else self._by_hand(compiled)
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
         self.gradients = Gradients(self.model, World(self.device))
         self.milliseconds: list[float] = []
 
-    def step(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def _by_hand(self, compiled: str) -> Callable[[Batch], Tensor]:
+        def loss(ids: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.model(ids).flatten(0, 1).float(), targets.flatten())
+
+        run = torch.compile(loss) if compiled == "whole" else loss
+        return lambda batch: run(batch.ids_BT, batch.targets_BT)
+
+    def _ours(self, compiled: str) -> Callable[[Batch], Tensor]:
+        objective = NextToken(NextToken.Params())
+        if compiled == "whole":
+            self.model.compile()
+        elif compiled == "layers":
+            for layer in self.model.layers:
+                layer.compile()
+        if compiled != "no":
+            objective.compile()
+        return lambda batch: objective(self.model, batch, ForwardContext()).total / batch.n_targets
+
+    def step(self, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.model(ids)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            loss = self.loss(batch)
         loss.backward()
         if self.ours:
             norm = self.gradients.squares().sum().sqrt()
-            self.gradients.scale(clip_factor(norm, 1.0))
-            masked_step(self.optimizer, ~(norm + loss.detach()).isfinite())
+            masked_step(self.optimizer, ~(norm + loss.detach()).isfinite(), clip_factor(norm, 1.0))
         else:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -118,7 +139,7 @@ class Side:
         return loss.detach()
 
 
-def compare(shape: str, steps: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def compare(shape: str, steps: int, rounds: int, device: torch.device, show_profile: bool) -> list[dict[str, Any]]:
     d_model, n_layers, n_heads, d_ff, seq_len, batch, precision = SHAPES[shape]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     autocast = precision != "bf16"
@@ -127,30 +148,22 @@ def compare(shape: str, steps: int, rounds: int, device: torch.device) -> list[d
     ids = torch.randint(0, VOCAB, (batch, seq_len + 1), generator=generator).to(device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def by_hand() -> Side:
-        model = ByHand(*sizes).to(device)
-        model.compile()
-        return Side("by hand, compiled whole", model, dtype, autocast, ours=False)
-
-    def whole() -> Side:
-        model = build_model(spec_of(*sizes), device=device)
-        model.compile()
-        return Side("spec, compiled whole", model, dtype, autocast, ours=True)
-
-    def layers() -> Side:
-        model = build_model(spec_of(*sizes), device=device)
-        for layer in model.layers:
-            layer.compile()
-        return Side("spec, compiled layers", model, dtype, autocast, ours=True)
-
-    sides = [make() for make in (by_hand, whole, layers)]
+    batch_of_ids = Batch(inputs, targets, None, targets.numel())
+    sides = [
+        Side("by hand, whole", ByHand(*sizes).to(device), dtype, autocast, False, "whole"),
+        Side("spec, whole", build_model(spec_of(*sizes), device=device), dtype, autocast, True, "whole"),
+        Side("spec, layers", build_model(spec_of(*sizes), device=device), dtype, autocast, True, "layers"),
+    ]
     losses = {}
     for side in sides:
         for _ in range(3):
-            losses[side.name] = side.step(inputs, targets).item()
+            losses[side.name] = side.step(batch_of_ids).item()
     for _ in range(rounds):
         for side in sides:
-            side.milliseconds.append(timed(lambda side=side: side.step(inputs, targets), steps, device))
+            side.milliseconds.append(timed(lambda side=side: side.step(batch_of_ids), steps, device))
+    if show_profile:
+        for side in sides[:2]:
+            profile(f"{shape}, {side.name}", lambda side=side: side.step(batch_of_ids), device)
     matrices = sum(p.numel() for p in sides[1].model.parameters()) - VOCAB * d_model
     flops = 6 * matrices + 12 * n_layers * d_model * seq_len
     peak = peak_flops(device, torch.bfloat16)
@@ -178,12 +191,27 @@ def timed(run: Callable[[], Any], steps: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / steps * 1e3
 
 
+def profile(title: str, run: Callable[[], Any], device: torch.device) -> None:
+    """The kernels of three runs by the time that they take."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profiled(activities=activities) as found:
+        timed(run, 3, device)
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:25]
+    print(f"{title}: milliseconds a run and launches, by kernel")
+    for event in events:
+        print(f"  {event.self_device_time_total / 3e3:8.3f} {event.count / 3:6.1f}  {event.key[:110]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["400m", "1.28b", "124m", "475m", "1b"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1e9, help="no shape is begun after so many")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of the first two sides")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,7 +223,7 @@ def main() -> None:
         if time.monotonic() - began > options.seconds:
             print(f"{shape}: not run, out of time")
             continue
-        for row in compare(shape, options.steps, options.rounds, device):
+        for row in compare(shape, options.steps, options.rounds, device, options.profile):
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.3f}"
             told = (
                 f"{row['ms']:9.2f}{row['tokens_per_second']:10,.0f}{mfu:>7}{row['against_hand']:8.3f}{row['loss']:8.3f}"

@@ -25,12 +25,13 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down", "router", "head", "embed")
 class ExpertGroups:
     """Which rows of a sorted [M, D] batch belong to which expert.
 
-    Either ``offsets_E`` (int32, the end of each expert's rows; rows past the last belong to none), or ``expert``,
-    one expert that owns every row.
+    Either ``offsets_E`` (int32, the end of each expert's rows; rows past the last belong to none, of which there are
+    none where ``complete``), or ``expert``, one expert that owns every row.
     """
 
     offsets_E: Tensor | None = None
     expert: int = 0
+    complete: bool = False
 
 
 class Cache(Protocol):
@@ -405,8 +406,9 @@ def run(sublayer: Component, x: Tensor, state: State, context: ForwardContext) -
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a matrix product of tensors of a dtype runs in: autocast's where that is on."""
-    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if known else dtype
+    # not is_autocast_available, in which torch 2.11's compiler breaks a graph
+    autocasts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocasts else dtype
 
 
 class _AttachLoss(torch.autograd.Function):

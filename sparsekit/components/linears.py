@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.components.contracts import Build, ForwardContext, Linear, compute_dtype
+from sparsekit.components.contracts import Build, ExpertGroups, ForwardContext, Linear, compute_dtype
 
 
 class PlainLinear(Linear):
@@ -25,7 +25,7 @@ class PlainLinear(Linear):
         return project(x, self.effective_weight(), self.bias, context)
 
 
-class MaskedLinear(Linear):
+class MaskedLinear(PlainLinear):
     """y = x (M * W)^T + b, M a fixed random mask that keeps a share 1 - sparsity of each matrix's weights.
 
     Only projections whose role is in ``roles`` are masked; the others are plain. The mask is drawn with the weights,
@@ -36,7 +36,7 @@ class MaskedLinear(Linear):
 
     divisible = True
 
-    class Params(Linear.Params):
+    class Params(PlainLinear.Params):
         sparsity: float = Field(default=0.5, ge=0, lt=1)
         roles: list[str] = ["gate", "up", "down"]
 
@@ -55,9 +55,6 @@ class MaskedLinear(Linear):
 
     def effective_weight(self) -> Tensor:
         return self.weight * self.mask if self.masked else self.weight
-
-    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        return project(x, self.effective_weight(), self.bias, context)
 
 
 def random_mask(shape: torch.Size, sparsity: float, device: torch.device) -> Tensor:
@@ -85,13 +82,49 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardCont
     if groups.offsets_E is None:
         return F.linear(x, weight[groups.expert], None if bias is None else bias[groups.expert])
     dtype = compute_dtype(x.device, x.dtype)  # autocast itself does not know the operator
-    x, weight = x.to(dtype), weight.to(dtype)
-    y: Tensor = grouped_mm(x, weight, groups.offsets_E)
+    y = grouped_projection(x.to(dtype), weight.to(dtype), groups)
     if bias is not None:
         rows = torch.arange(x.shape[0], device=x.device)
         owner = torch.searchsorted(groups.offsets_E, rows, right=True).clamp(max=bias.shape[0] - 1)
         y = y + bias[owner].to(y.dtype)
     return y
+
+
+def grouped_projection(x_MI: Tensor, weight_EOI: Tensor, groups: ExpertGroups) -> Tensor:
+    """:func:`grouped_mm`, on a GPU in bfloat16 without the cost of a custom operator, some 0.1 ms a call."""
+    direct = x_MI.is_cuda and x_MI.dtype == torch.bfloat16 and _native(weight_EOI)
+    run: Any = _Grouped.apply if direct else grouped_mm
+    y_MO: Tensor = run(x_MI, weight_EOI, groups.offsets_E, groups.complete)
+    return y_MO
+
+
+class _Grouped(torch.autograd.Function):
+    """torch's grouped_mm, in whose gradient a compiler sees what is called."""
+
+    @staticmethod
+    def forward(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, complete: bool) -> Tensor:
+        y_MO = F.grouped_mm(x_MI.contiguous(), weight_EOI.transpose(-2, -1), offs=offsets_E)
+        return y_MO if complete else _clear_unused(y_MO, offsets_E)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.complete = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_MI, weight_EOI, offsets_E = ctx.saved_tensors
+        dy_MO = dy_MO.contiguous()
+        dx_MI = F.grouped_mm(dy_MO, weight_EOI, offs=offsets_E)
+        if not ctx.complete:
+            dx_MI = _clear_unused(dx_MI, offsets_E)
+        return dx_MI, F.grouped_mm(dy_MO.T, x_MI.contiguous(), offs=offsets_E), None, None
+
+
+def _clear_unused(y_MO: Tensor, offsets_E: Tensor) -> Tensor:
+    """Zeros in the rows past the last offset, in which grouped_mm wrote nothing."""
+    used_M = torch.arange(y_MO.shape[0], device=y_MO.device) < offsets_E[-1]
+    return torch.where(used_M[:, None], y_MO, 0)
 
 
 # torch's own grouped_mm leaves rows past the last offset unwritten, wants 16-byte rows and 16- or 32-bit floats,
@@ -108,16 +141,16 @@ def _native(*tensors: Tensor) -> bool:
 
 
 @torch.library.custom_op("sparsekit::grouped_mm", mutates_args=())
-def grouped_mm(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_mm(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, complete: bool = False) -> Tensor:
     """y[m] = weight[e(m)] x[m], e(m) the first expert whose offset is above m; rows past the last offset are 0.
 
-    Shapes: x [M, d_in], weight [E, d_out, d_in], offsets int32 [E], ascending; y [M, d_out].
+    Shapes: x [M, d_in], weight [E, d_out, d_in], offsets int32 [E], ascending; y [M, d_out]. ``complete`` says that the
+    last offset is M, which saves a pass over y.
     """
     # the row count need not be aligned, so only the matrices' own sides are looked at
     if _native(weight_EOI):
         y = F.grouped_mm(x_MI.contiguous(), weight_EOI.transpose(-2, -1), offs=offsets_E)
-        used = torch.arange(x_MI.shape[0], device=x_MI.device) < offsets_E[-1]
-        return torch.where(used[:, None], y, 0)
+        return y if complete else _clear_unused(y, offsets_E)
     y = x_MI.new_zeros(x_MI.shape[0], weight_EOI.shape[1])
     for weight, start, end in _spans(weight_EOI, offsets_E):
         y[start:end] = x_MI[start:end] @ weight.T
@@ -125,7 +158,7 @@ def grouped_mm(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @grouped_mm.register_fake
-def _(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+def _(x_MI: Tensor, weight_EOI: Tensor, offsets_E: Tensor, complete: bool = False) -> Tensor:
     return x_MI.new_empty(x_MI.shape[0], weight_EOI.shape[1])
 
 
@@ -152,21 +185,28 @@ def _spans(matrices_E: Tensor, offsets_E: Tensor) -> list[tuple[Tensor, int, int
     return [(matrix, start, end) for matrix, start, end in zip(matrices_E, [0, *ends], ends, strict=False)]
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_mm(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.complete = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _save_outer(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
 def _grouped_mm_backward(ctx, dy_MO: Tensor):  # type: ignore[no-untyped-def]
     x_MI, weight_EOI, offsets_E = ctx.saved_tensors
-    dx = grouped_mm(dy_MO, weight_EOI.transpose(-2, -1), offsets_E) if ctx.needs_input_grad[0] else None
+    transposed_EIO = weight_EOI.transpose(-2, -1)
+    dx = grouped_mm(dy_MO, transposed_EIO, offsets_E, ctx.complete) if ctx.needs_input_grad[0] else None
     dw = grouped_outer(dy_MO, x_MI, offsets_E) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+    return dx, dw, None, None
 
 
 def _grouped_outer_backward(ctx, dg_EOI: Tensor):  # type: ignore[no-untyped-def]
     y_MO, x_MI, offsets_E = ctx.saved_tensors
-    return grouped_mm(x_MI, dg_EOI, offsets_E), grouped_mm(y_MO, dg_EOI.transpose(-2, -1), offsets_E), None
+    dy = grouped_mm(x_MI, dg_EOI, offsets_E, False)
+    return dy, grouped_mm(y_MO, dg_EOI.transpose(-2, -1), offsets_E, False), None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save)
-grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save)
+grouped_mm.register_autograd(_grouped_mm_backward, setup_context=_save_mm)
+grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save_outer)

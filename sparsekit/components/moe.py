@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import PositiveInt
@@ -76,40 +76,43 @@ class MoE(FeedForward):
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose
         routing = self.router(x_ND, context)
-        self._count(routing, x_ND.shape[0])
-        y_ND = self.dispatch(x_ND, routing, context)
+        rows = sort_rows(routing, x_ND.shape[0], self.n_experts)
+        self._count(rows.offsets_E, x_ND.shape[0])
+        y_ND = self.dispatch(x_ND, routing, rows, context)
         if self.shared_expert is not None:
             shared_ND = self.shared_expert(x_ND, context)
             k = self.router.experts_per_token
             y_ND = shared_ND + y_ND if self.params.shared_combine == "sum" else (shared_ND + k * y_ND) / (k + 1)
         return y_ND.to(x_BTD.dtype).view_as(x_BTD)
 
-    def _count(self, routing: Routing, n_tokens: int) -> None:
+    def _count(self, offsets_E: Tensor, n_tokens: int) -> None:
         """Tokens an expert over all tokens; the largest over the mean; entropy of the shares over log E."""
-        ones_M = torch.ones_like(routing.expert_M, dtype=self.load.dtype)
-        load_E = ones_M.new_zeros(self.n_experts + 1).index_add(0, routing.expert_M, ones_M)[:-1] / max(n_tokens, 1)
+        load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).to(self.load.dtype) / max(n_tokens, 1)
         share_E = load_E / load_E.sum().clamp(min=1e-9)
         self.record("load", load_E)
         self.record("load_max", share_E.max() * self.n_experts)
         self.record("load_entropy", -torch.special.xlogy(share_E, share_E).sum() / math.log(max(2, self.n_experts)))
 
-    def _grouped(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+    def _grouped(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
         """Sorted by expert, the tokens of one expert are consecutive rows, and all experts run at once."""
-        n_tokens, n_rows = x_ND.shape[0], routing.expert_M.shape[0]
-        expert_sorted, order_M = routing.expert_M.sort(stable=True)
-        experts = torch.arange(self.n_experts, device=x_ND.device)
-        offsets_E = torch.searchsorted(expert_sorted, experts, right=True).to(torch.int32)
-        slots = max(n_rows // max(n_tokens, 1), 1)
-        token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
-        y_MD = self.experts(x_ND[token_M], self._inside(context, ExpertGroups(offsets_E), token_M))
-        if not routing.complete:  # rows of no expert hold nothing, and nothing times 0 may still be NaN
-            y_MD = torch.where((expert_sorted < self.n_experts)[:, None], y_MD, 0)
-        if routing.token_M is None:  # put back token by token: a gather and a sum, always in the same order
-            back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(n_rows, device=x_ND.device))
-            weighted_MD = y_MD[back_M] * routing.weight_M[:, None]
-            return weighted_MD.unflatten(0, (n_tokens, slots)).sum(1)
+        order_M, token_M = rows.order_M, rows.token_M
+        inside = self._inside(context, ExpertGroups(rows.offsets_E, complete=routing.complete), token_M)
+        if routing.token_M is None:
+            back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=x_ND.device))
+            back_NS = back_M.view(-1, rows.slots)
+            y_MD = self._of_experts(spread(x_ND, token_M, back_NS), inside, routing, rows)
+            return combine(y_MD, routing.weight_M.view_as(back_NS), rows, back_NS)
+        y_MD = self._of_experts(x_ND[token_M], inside, routing, rows)
         weighted_MD = y_MD * routing.weight_M[order_M][:, None]
         return weighted_MD.new_zeros(x_ND.shape).index_add(0, token_M, weighted_MD)
+
+    def _of_experts(self, x_MD: Tensor, inside: ForwardContext, routing: Routing, rows: SortedRows) -> Tensor:
+        y_MD: Tensor = self.experts(x_MD, inside)
+        if routing.complete:
+            return y_MD
+        # rows of no expert hold nothing, and nothing times 0 may still be NaN
+        used_M = torch.arange(y_MD.shape[0], device=y_MD.device) < rows.offsets_E[-1]
+        return torch.where(used_M[:, None], y_MD, 0)
 
     @staticmethod
     def _inside(context: ForwardContext, groups: ExpertGroups, token_M: Tensor) -> ForwardContext:
@@ -117,7 +120,7 @@ class MoE(FeedForward):
         ids_M = None if context.ids_BT is None else context.ids_BT.reshape(-1)[token_M]
         return replace(context, groups=groups, ids_BT=ids_M, documents_BT=None, positions_BT=None)
 
-    def _loop(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> Tensor:
+    def _loop(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
         """The formula, expert by expert."""
         n_rows = routing.expert_M.shape[0]
         token_M = routing.token_M
@@ -126,13 +129,13 @@ class MoE(FeedForward):
             token_M = token_M.repeat_interleave(n_rows // max(x_ND.shape[0], 1))
         y_ND = torch.zeros_like(x_ND)
         for index in range(self.n_experts):
-            rows = self._rows(routing.expert_M, index)
+            own = self._own(routing.expert_M, index)
             expert = self.experts[index] if isinstance(self.experts, nn.ModuleList) else self.experts
-            y = expert(x_ND[token_M[rows]], self._inside(context, ExpertGroups(expert=index), token_M[rows]))
-            y_ND = y_ND.index_add(0, token_M[rows], (y * routing.weight_M[rows][:, None]).to(y_ND.dtype))
+            y = expert(x_ND[token_M[own]], self._inside(context, ExpertGroups(expert=index), token_M[own]))
+            y_ND = y_ND.index_add(0, token_M[own], (y * routing.weight_M[own][:, None]).to(y_ND.dtype))
         return y_ND
 
-    def _rows(self, expert_M: Tensor, index: int) -> Tensor:
+    def _own(self, expert_M: Tensor, index: int) -> Tensor:
         """Where the assignments to an expert stand; on the meta device, as many as if loads were even."""
         if expert_M.is_meta:
             return expert_M.new_empty(math.ceil(expert_M.shape[0] / self.n_experts))
@@ -162,6 +165,91 @@ class MoE(FeedForward):
         shared = 0.0 if self.shared_expert is None else flops_per_token(self.shared_expert, seq_len)
         routed = self.router.experts_per_token * flops_per_token(one, seq_len)
         return flops_per_token(self.router, seq_len) + shared + routed
+
+
+class SortedRows(NamedTuple):
+    """The assignments of a routing in the order of their experts, M rows.
+
+    Attributes:
+        order_M: which assignment each row is; those of no expert come last.
+        token_M: the token of each row.
+        offsets_E: int32, the end of each expert's rows.
+        slots: assignments a token, where every token has equally many.
+    """
+
+    order_M: Tensor
+    token_M: Tensor
+    offsets_E: Tensor
+    slots: int
+
+
+def sort_rows(routing: Routing, n_tokens: int, n_experts: int) -> SortedRows:
+    """The assignments sorted by expert, those of one expert in the order in which they came."""
+    narrow = torch.int16 if n_experts < 2**15 else torch.int32  # a radix sort takes as long as its keys are wide
+    expert_M, order_M = routing.expert_M.to(narrow).sort(stable=True)
+    experts = torch.arange(n_experts, device=expert_M.device, dtype=narrow)
+    offsets_E = torch.searchsorted(expert_M, experts, right=True).to(torch.int32)
+    slots = max(order_M.shape[0] // max(n_tokens, 1), 1)
+    token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
+    return SortedRows(order_M, token_M, offsets_E, slots)
+
+
+# Where every token has equally many assignments, the two below are gathers forward and backward, which add up in a
+# fixed order; torch's own gradients of indexing add atomically, which is slower and never twice the same.
+
+
+def spread(x_ND: Tensor, token_M: Tensor, back_NS: Tensor) -> Tensor:
+    """x[token_M]: the tokens as rows, of which ``back_NS`` are those of each token."""
+    x_MD: Tensor = _Spread.apply(x_ND, token_M, back_NS)  # type: ignore[no-untyped-call]
+    return x_MD
+
+
+def combine(y_MD: Tensor, weight_NS: Tensor, rows: SortedRows, back_NS: Tensor) -> Tensor:
+    """For each token the sum of its rows, weighted; [N, D] in the wider dtype of rows and weights."""
+    y_ND: Tensor = _Combine.apply(y_MD, weight_NS, rows.token_M, rows.order_M, back_NS)  # type: ignore[no-untyped-call]
+    return y_ND
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(x_ND: Tensor, token_M: Tensor, back_NS: Tensor) -> Tensor:
+        return x_ND[token_M]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, dx_MD: Tensor) -> tuple[Tensor, None, None]:
+        (back_NS,) = ctx.saved_tensors
+        return _summed(dx_MD, None, back_NS).to(dx_MD.dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(y_MD: Tensor, weight_NS: Tensor, token_M: Tensor, order_M: Tensor, back_NS: Tensor) -> Tensor:
+        return _summed(y_MD, weight_NS, back_NS).to(torch.promote_types(y_MD.dtype, weight_NS.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y_MD, weight_NS, token_M, order_M, back_NS = ctx.saved_tensors
+        dy_MD = dy_ND[token_M]  # both in the order of rows, so that one compiled pass makes them
+        dweight_M = (dy_MD * y_MD).sum(-1, dtype=weight_NS.dtype)
+        weight_M = weight_NS.flatten()[order_M]
+        return (dy_MD * weight_M[:, None]).to(y_MD.dtype), dweight_M[back_NS], None, None, None
+
+
+def _summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor) -> Tensor:
+    """sum over s of weight[n, s] x[back[n, s]], in float32 or wider, term by term: compiled, one pass."""
+    total = torch.zeros((), dtype=torch.promote_types(x_MD.dtype, torch.float32), device=x_MD.device)
+    for slot, back_N in enumerate(back_NS.unbind(1)):
+        term_ND = x_MD[back_N].to(total.dtype)
+        total = total + (term_ND if weight_NS is None else term_ND * weight_NS[:, slot, None])
+    return total
 
 
 def _demand_grouped(experts: nn.Module, name: str) -> None:

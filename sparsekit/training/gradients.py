@@ -46,10 +46,6 @@ class Gradients:
         shares = torch.stack([self._shares[name] for name, _ in self.named])
         return (torch.stack(norms).square() * shares).sum()
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiplies all gradients by a number."""
-        torch._foreach_mul_(self._local(), factor)
-
     def _local(self) -> list[Tensor]:
         return [local(p.grad) for _, p in self.named if p.grad is not None]
 
@@ -73,18 +69,27 @@ def clip_factor(norm: Tensor, limit: float | None) -> Tensor:
 
 
 @torch.no_grad()
-def masked_step(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+def masked_step(optimizer: torch.optim.Optimizer, bad: Tensor, factor: Tensor) -> None:
     """One step of an optimizer, of which nothing remains where ``bad`` is true: neither in weights nor in its state.
 
     torch's fused optimizers do that themselves (``found_inf``); of others all that they write is copied first.
 
     Args:
         bad: a boolean on the device that trains; nobody waits for it.
+        factor: by which gradients are multiplied first, which fused optimizers do as they read them.
     """
-    if getattr(optimizer, "takes_found_inf", all(group.get("fused") for group in optimizer.param_groups)):
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if fused:
+        optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]  # they divide by it
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
+    if getattr(optimizer, "takes_found_inf", fused):
         optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
+        if fused:
+            del optimizer.grad_scale  # type: ignore[attr-defined]
         return
     before = {id(tensor): local(tensor).clone() for tensor in written(optimizer)}
     optimizer.step()

@@ -48,6 +48,9 @@ class Objective:
     def __call__(self, model: Decoder, batch: Batch, context: ForwardContext) -> Loss:
         raise NotImplementedError
 
+    def compile(self) -> None:
+        """Compiles what stands outside of the model, where the run compiles its layers too."""
+
     def of_ids(self, model: Decoder, ids_BT: Tensor) -> Tensor:
         """The total where each token is its own target, for who wants to know what a batch costs."""
         return self(model, Batch(ids_BT, ids_BT, None, ids_BT.numel()), ForwardContext()).total
@@ -68,10 +71,18 @@ class NextToken(Objective):
         z_loss: NonNegativeFloat = 0.0
         chunk_tokens: PositiveInt | None = None
 
+    def __init__(self, params: Any):
+        super().__init__(params)
+        self.terms = terms
+
+    def compile(self) -> None:
+        # a pass over the logits forward and one backward, in place of a dozen over their widened copies
+        self.terms = torch.compile(terms, dynamic=False)
+
     def __call__(self, model: Decoder, batch: Batch, context: ForwardContext) -> Loss:
         targets_N, z_loss, chunk_tokens = batch.targets_BT.flatten(), self.params.z_loss, self.params.chunk_tokens
         if chunk_tokens is None:
-            total, cross_entropy, z = terms(model(batch.ids_BT, context).flatten(0, 1), targets_N, z_loss)
+            total, cross_entropy, z = self.terms(model(batch.ids_BT, context).flatten(0, 1), targets_N, z_loss)
         else:
 
             def head(x_BTD: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,6 +80,8 @@ class Trainer:
         components = [module for module in self.model.modules() if isinstance(module, Component)]
         self.moved_by_rule = [m for m in components if type(m).after_step is not Component.after_step]
         self.objective = settings.objective.cls(settings.objective.params)
+        if settings.compile:
+            self.objective.compile()
         self.optimizer: torch.optim.Optimizer = settings.optimizer.cls(settings.optimizer.params).build(self.model)
         group_by_mesh(self.optimizer)
         for group in self.optimizer.param_groups:
@@ -292,8 +294,7 @@ class Trainer:
         bad = ~(loss + norm).isfinite()
         # asked to stop, nothing is changed any more from the first bad update on until the host hears of it
         self._bad = self._bad | bad if settings.on_nonfinite == "stop" else bad
-        self.gradients.scale(clip_factor(norm, settings.max_grad_norm))
-        masked_step(self.optimizer, self._bad)
+        masked_step(self.optimizer, self._bad, clip_factor(norm, settings.max_grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self._look_at(self._late.put(self.progress.step + 1, told, world.size, names))
         return loss, norm

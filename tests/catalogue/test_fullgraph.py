@@ -225,3 +225,21 @@ def test_a_mixture_inside_a_mixture_compiles_in_pieces() -> None:
     (logits, wanted), (got_logits, got) = step(eager, False), step(compiled, False)
     assert torch.allclose(logits, got_logits, rtol=1e-5, atol=1e-5)
     assert all(torch.allclose(wanted[name], got[name], rtol=1e-5, atol=1e-5) for name in wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "ffn",
+    [{"type": "swiglu", "d_ff": 128}, mixture({"type": "top_k", "k": 2}, {"type": "swiglu", "d_ff": 128})],
+    ids=["dense", "mixture"],
+)
+def test_a_model_compiles_whole_as_it_trains(ffn: dict[str, Any]) -> None:
+    block = {"attention": {"type": "gqa", "n_heads": 4, "n_kv_heads": 2}, "ffn": ffn}
+    spec = {"d_model": 128, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64, "block": block}
+    model = build_model(spec, device="cuda").train()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    ids = torch.randint(0, 64, (2, 64), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = F.cross_entropy(model(ids).flatten(0, 1).float(), ids.flatten())
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsekit.components.contracts import ExpertGroups, ForwardContext
-from sparsekit.components.linears import grouped_mm, grouped_outer, project
+from sparsekit.components.linears import _Grouped, grouped_mm, grouped_outer, project
 from sparsekit.model.build import build_model
 from tests.conftest import ATTENTION
 
@@ -224,3 +224,16 @@ def test_masking_leaves_the_weights_as_they_were_drawn(tiny):
     sparse, plain = build_model(tiny(linear=masked(0.9))), build_model(tiny())
     for name, weight in plain.state_dict().items():
         assert torch.equal(sparse.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [(12, 16, 8, [0, 0, 5, 12]), (13, 8, 16, [4, 4, 7, 10])], ids=str)
+def test_what_runs_on_tensor_cores_equals_the_portable_operator(randn, case, dtype):
+    x, weight, dy, offsets = inputs(randn, case, dtype)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    got = _Grouped.apply(x, weight, offsets, case[3][-1] == case[0])
+    wanted = grouped_mm(x, weight, offsets)
+    torch.testing.assert_close(got, wanted)
+    gradients = (torch.autograd.grad(y, leaves, dy.mT.contiguous().mT) for y in (got, wanted))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype])

@@ -272,7 +272,7 @@ def test_bad_steps_leave_no_trace(kind: str, bad: list[bool], dtype: torch.dtype
         if is_bad:
             for i, parameter in enumerate(masked.parameters()):
                 parameter.grad.flatten()[i % parameter.numel()] = (math.nan, math.inf)[i % 2]  # type: ignore[union-attr]
-        masked_step(optimizers[0], torch.tensor(is_bad))
+        masked_step(optimizers[0], torch.tensor(is_bad), torch.tensor(1.0))
         if not is_bad:
             give_gradients(plain, seed)
             optimizers[1].step()
@@ -293,7 +293,7 @@ def test_all_state_is_tensors_shaped_as_weights_or_of_no_dimension(kind: str) ->
     unused = model.layers[0].attention.o.weight  # type: ignore[union-attr]
     unused.grad = None
     before = unused.detach().clone()
-    masked_step(optimizer, torch.tensor(False))
+    masked_step(optimizer, torch.tensor(False), torch.tensor(1.0))
     assert torch.equal(unused, before) and unused not in optimizer.state
     count = 0
     for parameter, state in optimizer.state.items():
@@ -364,7 +364,7 @@ def test_no_step_waits_for_the_device(kind: str) -> None:
         for bad in (fine, ~fine, fine):
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient.clone()
-            masked_step(optimizer, bad)
+            masked_step(optimizer, bad, torch.ones((), device=bad.device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(tensor.isfinite().all()) for tensor in written(optimizer))
