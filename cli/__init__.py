@@ -9,7 +9,7 @@ import typer
 
 from sparsekit.errors import SparsekitError, SpecError, UnknownNameError
 
-from . import catalogue, data, models, runs
+from . import catalogue, data, models, probe, runs
 
 app = typer.Typer(
     name="sparsekit",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(models.describe)
 app.command()(models.validate)
 app.command()(runs.train)
+app.command()(probe.probe)
 app.command()(runs.generate)
 app.command()(data.tokenize)
 app.command("list")(catalogue.list_entries)

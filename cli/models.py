@@ -18,17 +18,21 @@ def describe(target: Target, overrides: Overrides = [], as_json: Json = False) -
     if as_json:
         print(json.dumps(told.as_dict(), indent=2))
         return
+    each = f", on each of {told.processes} processes" if told.processes > 1 else ""
     rows = [
         ("layers x d_model", f"{told.n_layers} x {told.d_model}"),
         ("parameters", f"{told.parameters:,}"),
         ("active parameters", f"{told.active_parameters:,} a token"),
         ("forward FLOPs", f"{told.flops_per_token:.4g} a token at length {told.seq_len}"),
         ("training FLOPs", f"{told.training_flops_per_token:.4g} a token"),
-        ("weights", _size(told.weight_bytes)),
-        ("training memory", _size(told.training_bytes) + " for weights, gradients and optimizer"),
-        ("activations", _size(told.activation_bytes) + " a micro-batch in float32, on top"),
+        ("weights", _size(told.weight_bytes) + each),
+        ("training memory", _size(told.training_bytes) + f" for weights, gradients and optimizer{each}"),
+        ("activations", _size(told.activation_bytes) + f" a micro-batch in float32, on top{each}"),
         ("cache", _size(told.cache_bytes_per_token) + " a token when generating"),
     ]
+    if spec.parallel.data == "fsdp":
+        least = f"counted for {told.processes}, the fewest" if told.processes > 1 else "counted for one"
+        rows.append(("processes", f"{least}; more of them hold less of weights, gradients and optimizer each (fsdp)"))
     if told.tokens is not None:
         total = told.tokens * told.training_flops_per_token
         rows.append(("training", f"{told.tokens:,} tokens, {total:.3g} FLOPs"))
@@ -38,12 +42,17 @@ def describe(target: Target, overrides: Overrides = [], as_json: Json = False) -
 
 def validate(target: Target, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
     """Checks a spec; every mistake is a line."""
+    from sparsekit.model.accounting import parameters_of_a_process
+    from sparsekit.model.build import build_model, demand_causal
     from sparsekit.model.targets import resolve
-    from sparsekit.spec.load import dump, fingerprint, read_json
+    from sparsekit.spec.load import dump, fingerprint, is_bare_model
 
     spec = resolve(target, overrides).spec
+    model = build_model(spec, device="meta")  # what only the parts, once made, know of one another
+    demand_causal(model)
+    parameters_of_a_process(model, spec.parallel)
     if as_json:
-        bare_model = Path(target).is_file() and "model" not in read_json(Path(target))
+        bare_model = Path(target).is_file() and is_bare_model(target)
         print(json.dumps(dump(spec.model if bare_model else spec), indent=2))
     else:
         print(f"{target}: valid, fingerprint {fingerprint(spec)[:16]}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsekit.model.build import build_model
     from sparsekit.model.generate import generate
     from sparsekit.model.targets import Run, load_model
+    from sparsekit.probes.runner import probe
     from sparsekit.registry import register
     from sparsekit.spec.load import fingerprint, load_spec
     from sparsekit.spec.model import ModelSpec
@@ -33,6 +34,7 @@ _HOMES = {
     "generate": "model.generate",
     "Run": "model.targets",
     "load_model": "model.targets",
+    "probe": "probes.runner",
     "register": "registry",
     "fingerprint": "spec.load",
     "load_spec": "spec.load",
@@ -48,7 +50,7 @@ _HOMES = {
 
 __all__ = [
     "Choice", "ModelSpec", "Params", "Run", "RunSpec", "Slot", "SparsekitError", "build_model", "describe",
-    "fingerprint", "generate", "json_schema", "load_model", "load_spec", "pick", "register", "train",
+    "fingerprint", "generate", "json_schema", "load_model", "load_spec", "pick", "probe", "register", "train",
 ]  # fmt: skip
 
 

@@ -496,4 +496,81 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Sennrich, Haddow & Birch 2016, arXiv 1508.07909, alg. 1; on bytes: Radford et al. 2019 (GPT-2), sec. 2.2",
         ),
     },
+    "probe": {
+        "variance": (
+            "sparsekit.probes.variance:Variance",
+            "Var_l(X), the mean over tokens of the unbiased variance over channels, of the stream and of both sub-layers.",
+            "arXiv 2603.15389, sec. 3.1",
+        ),
+        "moments": (
+            "sparsekit.probes.moments:Moments",
+            "Skewness, kurtosis, spread and outliers of the stream and of what both sub-layers add, per layer.",
+            "arXiv 2603.15389 (moments, as its training option)",
+        ),
+        "similarity": (
+            "sparsekit.probes.similarity:Similarity",
+            "Cosine, angular distance and linear CKA between the streams of all layers, block influence, and the logit lens.",
+            "block influence: Men et al. 2024, arXiv 2403.03853, eq. 1; angular: Gromov et al. 2024, arXiv 2403.17887, eq. 7; CKA: Kornblith et al. 2019, arXiv 1905.00414, eq. 5; lens: nostalgebraist 2020",
+        ),
+        "contributions": (
+            "sparsekit.probes.contributions:Contributions",
+            "Relative contributions ||attn|| / ||h|| and ||ffn|| / ||h + attn||, and the cosines with what they are added to.",
+            "Csordas, Manning & Potts 2025, arXiv 2505.13898, sec. 3",
+        ),
+        "effective_rank": (
+            "sparsekit.probes.effective_rank:EffectiveRank",
+            "exp(H(p)), p = s / sum(s), of the singular values s of the stream [tokens, channels] after each layer.",
+            "Roy & Vetterli 2007, EUSIPCO, eq. 2",
+        ),
+        "weight_sparsity": (
+            "sparsekit.probes.weight_sparsity:WeightSparsity",
+            "How sparse the weights of every matrix are: Gini, Hoyer, kurtosis, ranks, and shares below thresholds.",
+            "Hoyer 2004, JMLR 5; Gini: Hurley & Rickard 2009, arXiv 0811.4706; effective rank: Roy & Vetterli 2007",
+        ),
+        "attention_sparsity": (
+            "sparsekit.probes.attention_sparsity:AttentionSparsity",
+            "How sparse each head's attention is: shares of small weights, entropy, support, mass on few keys.",
+            "entropy: Zhai et al. 2023, arXiv 2303.06296; first token: Xiao et al. 2023, arXiv 2309.17453",
+        ),
+        "activation_sparsity": (
+            "sparsekit.probes.activation_sparsity:ActivationSparsity",
+            "How many neurons of a feed-forward are active: exactly, by rank, by gate, or by what perplexity bears (CETT-PPL).",
+            "Luo et al. 2024, arXiv 2411.02335, sec. 4.1; CETT: Zhang et al. 2024, arXiv 2402.03804",
+        ),
+        "sparsity": (
+            "sparsekit.probes.sparsity:Sparsity",
+            "How sparse weights, attention and activations are: weight_, attention_ and activation_sparsity in one.",
+            "sparsekit",
+        ),
+        "jacobian": (
+            "sparsekit.probes.jacobian:Jacobian",
+            "Distance of every layer's mean Jacobian from the identity, and of each token's own.",
+            "arXiv 2603.15389 (mean Jacobian); Hutchinson 1989 (estimates)",
+        ),
+        "causal": (
+            "sparsekit.probes.causal:Causal",
+            "How skipping layer s changes what each later layer l adds: C[s,l] = mean ||f_l^(skip s) - f_l|| / mean ||f_l||.",
+            "arXiv 2603.15389, after Csordas, Manning & Potts 2025, arXiv 2505.13898",
+        ),
+        "permutation": (
+            "sparsekit.probes.permutation:Permutation",
+            "P(i,j) = |L_swap(i,j) - L| / L, L the loss, and L_swap(i,j) that with layers i and j in each other's place.",
+            "arXiv 2603.15389; removal: Men et al. 2024, arXiv 2403.03853",
+        ),
+        "usefulness": (
+            "sparsekit.probes.usefulness:Usefulness",
+            "Loss with layer l replaced by the affine least-squares map of its input to its output, over the model's loss.",
+            "arXiv 2603.15389",
+        ),
+        "expert_load": (
+            "sparsekit.probes.experts:ExpertLoad",
+            "How evenly tokens go to experts, and which experts they visit together.",
+            "Shazeer et al. 2017, arXiv 1701.06538, sec. 4; Fedus, Zoph & Shazeer 2021, arXiv 2101.03961, sec. 2.2",
+        ),
+        "expert_importance": (
+            "sparsekit.probes.experts:ExpertImportance",
+            "Loss without one expert, and without a mixture's whole sub-layer, less the model's loss; in nats.",
+            "",
+        ),
+    },
 }

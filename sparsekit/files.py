@@ -1,19 +1,94 @@
-"""Files that are written whole or not at all, and folders whose content is known to be what was written."""
+"""Files that are written whole or not at all, and folders that one process has to itself or that were not changed."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import CheckpointError
+from sparsekit.errors import CheckpointError, SparsekitError
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = FULL | {
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+_locks: set[int] = set()  # descriptors
+
+
+def _let_go() -> None:
+    """In a child, which shares its parent's locks and may outlive it: workers notice a kill only seconds later."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def sole(folder: Path) -> Iterator[None]:
+    """Keeps every other process that asks for the same out of a folder, until the block or this process ends.
+
+    The operating system holds the lock, so that a killed process leaves none behind. Its file stays: were it removed,
+    one who opened it just before and one who makes it anew would both hold a lock.
+
+    Raises:
+        SparsekitError: another process is there.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            raise SparsekitError(
+                f"{folder}: {who} is training into it; wait for its end, or give another --out"
+            ) from None
+        except OSError as error:
+            told = f"{folder}: cannot be locked ({error.strerror}); see that no other process trains into it"
+            print(f"warning: {told}", file=sys.stderr)
+        else:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
+
+
+@contextmanager
+def writable(folder: Path, keeps: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Tells in a line where the disk takes nothing into a folder that a user named as ``--out``.
+
+    Args:
+        keeps: whether the folder holds what an earlier moment saved.
+
+    Raises:
+        SparsekitError: it does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        itself = isinstance(error.filename, str) and Path(error.filename) in (folder, *folder.parents)
+        if error.errno not in UNWRITABLE and not itself:
+            raise
+        reason = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+        mend = "make room and run the same command again, or give" if error.errno in FULL else "give"
+        kept = "; what was saved is whole" if keeps() else ""
+        raise SparsekitError(f"{folder}: cannot be written ({reason}); {mend} another --out{kept}") from None
 
 
 @contextmanager

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# Others use the machine too, so that no time limit of an example says anything; in CI all runs try the same examples.
+settings.register_profile("sparsekit", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("sparsekit")
 
 ATTENTION = {"type": "gqa", "n_heads": 4, "n_kv_heads": 2}
 FFN = {"type": "swiglu", "d_ff": 48}

@@ -24,7 +24,7 @@ LAYERS = {
     "model": {"errors", "registry", "files", "spec", "components"},
     "data": {"errors", "registry", "files", "spec"},
     "report": {"errors", "registry", "files", "spec"},
-    "training": {"errors", "registry", "files", "spec", "components", "model", "data"},
+    "training": {"errors", "registry", "files", "spec", "components", "model", "data", "probes"},
     "probes": {"errors", "registry", "files", "spec", "components", "model", "data"},
     "sparsify": {"errors", "registry", "files", "spec", "components", "model", "data", "probes"},
     "interop": {"errors", "registry", "files", "spec", "components", "model", "data"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -100,7 +101,10 @@ class Joined:
     def __init__(self, parts: Sequence[Tokens]):
         self.parts = list(parts)
         self._begins = np.cumsum([0, *map(len, self.parts)])
-        self._documents = np.cumsum([0, *(part.n_documents for part in self.parts)])
+
+    @cached_property
+    def _documents(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.cumsum([0, *(part.n_documents for part in self.parts)])  # of raw shards a count reads all
 
     def __len__(self) -> int:
         return int(self._begins[-1])

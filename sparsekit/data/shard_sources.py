@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,15 +14,17 @@ import numpy as np
 from pydantic import Field, NonNegativeInt
 
 from sparsekit.data.paths import find_files
-from sparsekit.data.shards import NPY_MAGIC, Shard, TokenFiles, open_shards, read_manifest
+from sparsekit.data.shards import MEND, NPY_MAGIC, Shard, TokenFiles, open_shards, read_manifest
 from sparsekit.data.sources import SPLITS, Source
 from sparsekit.data.token_set import Tokens
-from sparsekit.data.tokenizers import Ids, Tokenizer
+from sparsekit.data.tokenizers import Tokenizer
 from sparsekit.errors import DataError, did_you_mean
+from sparsekit.files import MANIFEST, write_json
 from sparsekit.registry import registry
 
 TOKENIZER = "tokenizer.json"
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a raw file, for its fingerprint
+SAMPLES, SAMPLE_BYTES = 64, 1 << 12  # of a raw file, for its fingerprint: a page is what a disk reads at least
+COUNTS = ".sparsekit-counts.json"  # beside raw files
 PathText = Annotated[str, Field(min_length=1)]
 
 
@@ -40,12 +43,15 @@ class Shards(Source):
 
     def streams(self, split: str, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
         manifest = read_manifest(self.folder)
-        theirs, ours = manifest["tokenizer"]["fingerprint"], tokenizer.fingerprint
+        theirs, ours = _tokenizer_of(self.folder, manifest)["fingerprint"], tokenizer.fingerprint
         if ours != theirs:
             raise DataError(
                 f"{self.folder}: was made with tokenizer {theirs[:12]}, and the run's is {ours[:12]}; {self._mend()}"
             )
-        return [(open_shards(self.folder, split), 1.0)]
+        if _known(split) not in manifest["splits"]:
+            told = f"{self.folder}: holds no {split} tokens"
+            raise DataError(f"{told}; make some with sparsekit tokenize --validation or --validation-fraction")
+        return [(open_shards(self.folder, split, tokenizer.vocab_size), 1.0)]
 
     def learning_text(self) -> Iterator[str]:
         """Refused when read: there is a tokenizer already."""
@@ -62,9 +68,20 @@ class Shards(Source):
             yield tokenizer.decode(tokens.document(number))
 
 
+def _tokenizer_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    told = manifest.get("tokenizer")
+    if (
+        not isinstance(told, dict)
+        or not isinstance(told.get("fingerprint"), str)
+        or not isinstance(told.get("type"), str)
+    ):
+        raise DataError(f"{folder / MANIFEST}: is damaged; {MEND}")
+    return told
+
+
 def tokenizer_slot(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What ``data.tokenizer`` must be in a spec that reads these shards."""
-    told = {key: value for key, value in manifest["tokenizer"].items() if key != "fingerprint"}
+    told = {key: value for key, value in _tokenizer_of(folder, manifest).items() if key != "fingerprint"}
     name = told.pop("type")
     if name == "bpe":
         told.update(vocab_size=None, path=f"{folder}/{TOKENIZER}")
@@ -82,7 +99,7 @@ def shards_tokenizer(folder: Path) -> Tokenizer:
     slot = tokenizer_slot(folder, manifest)
     cls = registry("tokenizer").get(slot.pop("type"))
     tokenizer: Tokenizer = cls.load(cls.Params(**slot), folder / TOKENIZER)
-    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+    if tokenizer.fingerprint != _tokenizer_of(folder, manifest)["fingerprint"]:
         raise DataError(f"{folder / TOKENIZER}: is not the tokenizer of these shards; restore the file")
     return tokenizer
 
@@ -91,8 +108,8 @@ class RawShards(Source):
     """Files of nothing but token ids, as OLMo and others keep them: little-endian, an end of text after each document.
 
     ``path`` and ``validation_path`` name files, globs, or folders (their *.bin). ``eos_id`` is the id that ends a
-    document, and must be the run's tokenizer's. Where documents begin is found by reading all of a split, when it is
-    first asked for, and so is how many bytes of text it has.
+    document, and must be the run's tokenizer's. How many bytes of text a split to validate on has is found by decoding
+    all of it, and kept in a hidden file beside, where that can be written; training text is read where it is needed.
     """
 
     class Params(Source.Params):
@@ -136,15 +153,20 @@ class RawShards(Source):
 class RawTokens(TokenFiles):
     """The tokens of raw files; a :class:`~sparsekit.data.token_set.Tokens`.
 
-    ``fingerprint`` is of the sizes of the files and of 64 blocks spread over each, as hashing 10 billion tokens takes
-    minutes.
+    ``fingerprint`` is of the sizes of the files and of 64 pages of each, the first, the last and others evenly spread:
+    hashing 10 billion tokens would take minutes at every start. A file that is cut, has grown, was exchanged, or has
+    changed at its end or over a 63rd of its length has another; a smaller change within may pass unseen, as there is
+    no manifest to tell (the source ``shards`` has one). A copy elsewhere has the same.
+
+    ``n_bytes`` is counted once by decoding all, and then believed as long as fingerprint, tokenizer, and the files'
+    times of change are the same.
 
     Raises:
         DataError: the last token ends no document, or one is outside the tokenizer's vocabulary (when it is read).
     """
 
     def __init__(self, shards: Sequence[Shard], tokenizer: Tokenizer):
-        super().__init__(shards)
+        super().__init__(shards, tokenizer.vocab_size, "mend data.tokenizer or data.source.dtype")
         self.tokenizer = tokenizer
         last = int(shards[-1].tokens[-1])
         if last != tokenizer.eos_id:
@@ -153,28 +175,37 @@ class RawTokens(TokenFiles):
                 "mend data.source.eos_id or dtype"
             )
 
-    def rows(self, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
-        rows = super().rows(begins_B, length)
-        if rows.size and (highest := int(rows.max())) >= self.tokenizer.vocab_size:
-            raise DataError(
-                f"{self.shards[0].path}: it or a file after it holds token {highest}, and the tokenizer has "
-                f"{self.tokenizer.vocab_size}; mend data.tokenizer or data.source.dtype"
-            )
-        return rows
-
     @cached_property
     def n_bytes(self) -> int:
-        numbers = range(self.n_documents)
-        return sum(len(self.tokenizer.decode(self.document(number)).encode()) for number in numbers)
+        times = [shard.path.stat().st_mtime_ns for shard in self.shards]
+        key = hashlib.sha256(f"{self.fingerprint} {self.tokenizer.fingerprint} {times}".encode()).hexdigest()
+        path = self.shards[0].path.parent / COUNTS
+        try:
+            known = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            known = {}
+        if not isinstance(known.get(key), int):
+            numbers = range(self.n_documents)
+            counted = sum(len(self.tokenizer.decode(self.document(number)).encode()) for number in numbers)
+            known[key] = counted
+            with contextlib.suppress(OSError):  # others' data, perhaps: then it is counted anew next time
+                write_json(path, known)
+        n_bytes: int = known[key]
+        return n_bytes
 
     @cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.dtype.str} {self.tokenizer.eos_id}".encode())
         for shard in self.shards:
-            data = shard.tokens.view(np.uint8)
-            digest.update(f" {len(data)} ".encode())
-            for place in np.linspace(0, max(0, len(data) - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
-                digest.update(data[place : place + SAMPLE_BYTES].tobytes())
+            size = shard.n_tokens * shard.dtype.itemsize
+            digest.update(f" {size} ".encode())
+            try:
+                with shard.path.open("rb", buffering=0) as file:  # not mapped: that would read on around each page
+                    for place in np.linspace(0, max(0, size - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
+                        file.seek(place)
+                        digest.update(file.read(SAMPLE_BYTES))
+            except OSError as error:
+                raise DataError(f"{shard.path}: cannot be read: {error.strerror}; restore the file") from None
         return digest.hexdigest()
 
 

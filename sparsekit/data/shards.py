@@ -18,7 +18,7 @@ import hashlib
 import io
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,10 +92,17 @@ class Shard:
 
 
 class TokenFiles:
-    """The tokens of several files as one stream; nothing is read but what is asked for."""
+    """The tokens of several files as one stream; nothing is read but what is asked for.
 
-    def __init__(self, shards: Sequence[Shard]):
-        self.shards, self.dtype = list(shards), shards[0].dtype
+    Args:
+        shards: the files, in order.
+        vocab_size: where it is given, rows with an id that is not below it are refused; on a GPU such a one would end
+            the process without a word.
+        mend: what to do then.
+    """
+
+    def __init__(self, shards: Sequence[Shard], vocab_size: int | None = None, mend: str = ""):
+        self.shards, self.dtype, self.vocab_size, self.mend = list(shards), shards[0].dtype, vocab_size, mend
         self._bounds = np.concatenate(([0], np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)))
 
     def __len__(self) -> int:
@@ -107,8 +114,21 @@ class TokenFiles:
         return int(self._n_starts[-1])
 
     def rows(self, begins_B: np.ndarray[Any, Any], length: int) -> Ids:
-        """[B, length] tokens from each begin on, a copy; past the stream's end its last token is repeated."""
+        """[B, length] tokens from each begin on, a copy; past the stream's end its last token is repeated.
+
+        Raises:
+            DataError: one is outside the vocabulary.
+        """
         begins_B = np.asarray(begins_B, dtype=np.int64)
+        rows = self._rows(begins_B, length)
+        if self.vocab_size is not None and rows.size and (highest := int(rows.max())) >= self.vocab_size:
+            begin = begins_B[int(rows.max(axis=1).argmax())]
+            path = self.shards[int(np.searchsorted(self._bounds, begin, side="right")) - 1].path
+            told = f"{path}: it or the file after it holds token {highest}, and the tokenizer has {self.vocab_size}"
+            raise DataError(f"{told}; {self.mend}")
+        return rows
+
+    def _rows(self, begins_B: Places, length: int) -> Ids:
         shards_B = np.searchsorted(self._bounds, begins_B, side="right") - 1
         locals_B = begins_B - self._bounds[np.minimum(shards_B, len(self.shards) - 1)]
         first, last = int(shards_B.min(initial=0)), int(shards_B.max(initial=0))
@@ -171,8 +191,10 @@ class ShardedTokens(TokenFiles):
         n_bytes: UTF-8 bytes of the text.
     """
 
-    def __init__(self, shards: Sequence[Shard], n_documents: int, n_bytes: int, fingerprint: str):
-        super().__init__(shards)
+    def __init__(
+        self, shards: Sequence[Shard], n_documents: int, n_bytes: int, fingerprint: str, vocab_size: int | None = None
+    ):
+        super().__init__(shards, vocab_size, f"restore what sparsekit tokenize --verify {shards[0].path.parent} names")
         self._n_documents, self.n_bytes, self.fingerprint = n_documents, n_bytes, fingerprint
 
     @property
@@ -202,11 +224,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: is of format {manifest.get('format')}, and this version of sparsekit reads {FORMAT}; "
             "use the version that wrote it"
         )
+    try:
+        sound = all(_signs(manifest))
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path}: is damaged; {MEND}")
     return manifest
 
 
-def open_shards(folder: Path | str, split: str) -> ShardedTokens:
+def _signs(manifest: dict[str, Any]) -> Iterator[bool]:
+    """Whether what is read later is there, and of its type."""
+    yield manifest["layout"] in SUFFIXES and manifest["dtype"] in DTYPES and type(manifest["eos_id"]) is int
+    for split in manifest["splits"].values():
+        yield all(type(split[name]) is int for name in ("n_tokens", "n_documents", "n_bytes")) and bool(split["shards"])
+        for record in split["shards"]:
+            yield type(record["n_tokens"]) is int
+            yield len(record["files"]) == (2 if manifest["layout"] == "npy" else 1)
+            for file in record["files"]:
+                yield type(file["bytes"]) is int and type(file["name"]) is str and type(file["sha256"]) is str
+
+
+def open_shards(folder: Path | str, split: str, vocab_size: int | None = None) -> ShardedTokens:
     """The tokens of a split, from what the manifest says and the sizes of the files; their content is not read.
+
+    Args:
+        vocab_size: of the tokenizer that they must fit.
 
     Raises:
         DataError: a file is missing or of another size, the split is unknown, or the layout is raw.
@@ -225,7 +268,7 @@ def open_shards(folder: Path | str, split: str) -> ShardedTokens:
         shards.append(Shard(tokens, dtype, record["n_tokens"], starts, manifest["eos_id"]))
     hashes = [file["sha256"] for record in told["shards"] for file in record["files"]]
     fingerprint = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    return ShardedTokens(shards, told["n_documents"], told["n_bytes"], fingerprint)
+    return ShardedTokens(shards, told["n_documents"], told["n_bytes"], fingerprint, vocab_size)
 
 
 def verify_shards(folder: Path | str) -> dict[str, Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from sparsekit.data.tokenizers import Ids, Tokenizer
 
-CHUNK = 1 << 23  # characters encoded at a time: enough to keep every core busy, little enough to hold
+CHUNK = (
+    1 << 23
+)  # characters encoded, or tokens hashed, at a time: enough to keep every core busy, little enough to hold
 
 
 class Tokens(Protocol):
@@ -73,10 +76,12 @@ class TokenSet:
     def n_documents(self) -> int:
         return len(self.starts) - 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens and of where documents begin: equal exactly where training would be."""
-        digest = hashlib.sha256(self.tokens.astype("<u4").tobytes())
+        digest = hashlib.sha256()
+        for first in range(0, len(self), CHUNK):  # the whole in four bytes a token would be a second copy, or a third
+            digest.update(self.tokens[first : first + CHUNK].astype("<u4").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
         return digest.hexdigest()
 

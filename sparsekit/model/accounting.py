@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from sparsekit.components.contracts import FeedForward, Linear
+from sparsekit.errors import SpecError
 from sparsekit.model.build import SpecLike, as_model_spec, build_model
 from sparsekit.model.decoder import Decoder
-from sparsekit.spec.run import RunSpec
+from sparsekit.spec.run import ParallelSpec, RunSpec
 
 STORED_BYTES = {"fp32": 4, "bf16": 4, "pure_bf16": 2}  # of a weight, of its gradient, of an optimizer state
 CACHE_BYTES = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
@@ -27,9 +32,12 @@ class Description:
         active_parameters: those one token passes through; the embedding table counts whole.
         flops_per_token: forward, at ``seq_len`` (attention over the whole sequence, a multiply-add as 2).
         training_flops_per_token: forward and backward, three times as many.
-        weight_bytes, gradient_bytes, optimizer_bytes: as the run's precision keeps them.
-        training_bytes: the three together; activations come on top.
-        activation_bytes: what a micro-batch keeps for its backward, in float32, eagerly and without recomputation.
+        processes: how many the memory below is told for, of each of them: the fewest that the run's layout takes,
+            tensor times expert. How many there will be is known only when they are started; "fsdp" divides among all.
+        weight_bytes, gradient_bytes, optimizer_bytes: as the run's precision keeps them; of a process that holds most.
+        training_bytes: the three together; activations, and weights that fsdp gathers for a moment, come on top.
+        activation_bytes: what a micro-batch keeps for its backward, in float32 and eagerly, with the recomputation of
+            whole layers that the run asks for. Selective recomputation and tensor parallelism, not counted, keep less.
         cache_bytes_per_token: keys and values of all layers, when generating.
         tokens: what the run trains on, or None where that depends on the data.
     """
@@ -41,6 +49,7 @@ class Description:
     active_parameters: int
     flops_per_token: float
     training_flops_per_token: float
+    processes: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -62,7 +71,9 @@ def describe(spec: SpecLike) -> Description:
     seq_len = run.seq_len if run else model_spec.max_seq_len
     flops = model.flops_per_token(seq_len)
     precision = run.train.precision if run else "fp32"
-    weight_bytes = STORED_BYTES[precision] * parameters
+    parallel = run.parallel if run else ParallelSpec()
+    weight_bytes = STORED_BYTES[precision] * parameters_of_a_process(model, parallel)
+    _recompute_layers(model, parallel.activation_checkpoint)
     optimizer_bytes = weight_bytes * _optimizer_states(run)
     cache_element = CACHE_BYTES[precision]
     return Description(
@@ -73,6 +84,7 @@ def describe(spec: SpecLike) -> Description:
         active_parameters=model.active_parameters(),
         flops_per_token=flops,
         training_flops_per_token=3 * flops,
+        processes=parallel.tensor * parallel.expert,
         weight_bytes=weight_bytes,
         gradient_bytes=weight_bytes,
         optimizer_bytes=optimizer_bytes,
@@ -81,6 +93,77 @@ def describe(spec: SpecLike) -> Description:
         cache_bytes_per_token=sum(layer.attention.cache_bytes_per_token(cache_element) for layer in model.layers),
         tokens=_tokens(run),
     )
+
+
+def parameters_of_a_process(model: Decoder, parallel: ParallelSpec) -> int:
+    """How many a process holds, the one with most of them, of the fewest processes that a layout takes.
+
+    Raises:
+        SpecError: so many cannot share the model.
+    """
+    shapes = {parameter: list(parameter.shape) for parameter in model.parameters()}
+    n_data = parallel.expert if parallel.data == "fsdp" else 1
+    sharded = set(shapes)
+    if parallel.expert > 1:
+        stacks = _stacks_of_experts(model, parallel.expert)
+        for parameter in stacks:
+            shapes[parameter][0] //= parallel.expert
+        sharded -= stacks  # over other processes alone, of which the fewest are none
+    if parallel.tensor > 1:
+        for parameter, dim in _divided_in_layers(model, parallel.tensor):
+            shapes[parameter][dim] //= parallel.tensor
+    for parameter in sharded:
+        shapes[parameter][0] = -(-shapes[parameter][0] // n_data)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _stacks_of_experts(model: Decoder, n: int) -> set[nn.Parameter]:
+    found: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        try:
+            experts = module.stacked_experts() if isinstance(module, FeedForward) else None
+            for linear in () if experts is None else experts.modules():
+                if isinstance(linear, Linear) and linear.n_experts is not None:
+                    if linear.n_experts % n:
+                        raise ValueError(f"n_experts ({linear.n_experts}) cannot be divided by {n}")
+                    found.update(p for p in linear.parameters(recurse=False) if p.shape[0] == linear.n_experts)
+        except ValueError as error:
+            raise SpecError([f"parallel.expert: {n} processes cannot share {name}: {error}"]) from None
+    if not found:
+        raise SpecError(["parallel.expert: the model has no experts to divide; leave it at 1"])
+    return found
+
+
+def _divided_in_layers(model: Decoder, n: int) -> Iterator[tuple[nn.Parameter, int]]:
+    """Every parameter that n processes share by tensor parallelism, and along which dimension."""
+    for index, layer in enumerate(model.layers):
+        for place in ("attention", "ffn"):
+            component = getattr(layer, place)
+            try:
+                if component.stateful:
+                    raise ValueError("what it hands on to the next layer cannot be divided")
+                parts = component.split(n)
+            except ValueError as error:
+                told = f"parallel.tensor: {n} processes cannot share layers.{index}.{place}: {error}"
+                raise SpecError([told]) from None
+            modules, parameters = dict(component.named_modules()), dict(component.named_parameters())
+            for path, dim in parts.items():
+                linear = modules.get(path)
+                if isinstance(linear, Linear):
+                    yield linear.get_parameter("weight"), linear.weight.ndim - 2 + dim
+                    if linear.bias is not None and dim == 0:
+                        yield linear.get_parameter("bias"), linear.bias.ndim - 1
+                elif path in parameters:
+                    yield parameters[path], dim
+
+
+def _recompute_layers(model: Decoder, which: str | int) -> None:
+    """As training does, but for what is selective."""
+    if which in ("none", "selective"):
+        return
+    for index, layer in enumerate(model.layers):
+        if which == "full" or (index + 1) % int(which) == 0:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def whole_loss(model: Decoder, ids_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import ROLES, Linear
+from sparsekit.components.contracts import ROLES, Component, Linear
 from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.model.decoder import Decoder
 from sparsekit.spec.load import read_raw, validate_model
@@ -61,6 +61,18 @@ def _demand_known_roles(model: nn.Module, spec: ModelSpec) -> None:
             if role not in known:
                 told = f"unknown role {role!r}{did_you_mean(role, known)}; roles: {', '.join(sorted(known))}"
                 raise SpecError([f"model.{name}.roles: {told}"])
+
+
+def demand_causal(model: Decoder) -> None:
+    """Refuses to train a language model that sees what it is to predict.
+
+    Raises:
+        SpecError: a component is not causal, and the spec does not allow that.
+    """
+    leaks = [name for name, m in model.named_modules() if isinstance(m, Component) and not m.causal]
+    if leaks and not model.spec.allow_leak:
+        problem = f"{leaks[0]} is not causal, so the loss would mean nothing; set it to true to train anyway"
+        raise SpecError([f"model.allow_leak: {problem}"])
 
 
 def as_model_spec(spec: SpecLike) -> ModelSpec:

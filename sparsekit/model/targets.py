@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,23 +35,69 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The whole checkpoints' folders, oldest first."""
-        return sorted((self.folder / CHECKPOINTS).glob("step-*"))
+        found = (self.folder / CHECKPOINTS).glob("step-*")
+        return sorted(folder for folder in found if folder.name.removeprefix("step-").isdigit())
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows logged so far; a row that a kill cut short is left out."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The rows logged so far; a row that a kill cut short is left out.
+
+        Raises:
+            CheckpointError: another one is damaged.
+        """
+        return read_rows(self.folder / METRICS)
+
+
+def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, if there is any at all, and a line for each newer one that is damaged.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    damaged: list[str] = []
+    for folder in reversed(run.checkpoints):
+        try:
+            verify(folder)
+            return folder, damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        first = damaged[0].removesuffix("; use an earlier checkpoint")
+        raise CheckpointError(f"{run.folder}: none of its checkpoints is whole ({first}); start over with --resume never")
+    return None, damaged
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What was written into a file row by row, each a JSON object with its ``step``; of no file, nothing.
+
+    The last row is left out where a kill cut it short.
+
+    Raises:
+        CheckpointError: another row is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                rows.append({**row, "step": int(row["step"])})
+            except (ValueError, TypeError, KeyError):
+                raise CheckpointError(f"{path}:{number}: is damaged; mend the line, or remove it") from None
+    return rows
 
 
 @dataclass(frozen=True)
 class Target:
-    """A resolved TARGET: its spec and, unless it is a bare spec, where its weights and tokenizer are."""
+    """A resolved TARGET: its spec and, unless it is a bare spec, where its weights and tokenizer are.
+
+    ``verified`` says that the checkpoint was found whole.
+    """
 
     spec: RunSpec
     checkpoint: Path | None = None
     tokenizer_file: Path | None = None
+    verified: bool = False
 
     def tokenizer(self) -> Any:
         """The tokenizer the model was trained with.
@@ -64,14 +111,14 @@ class Target:
         return choice.cls(choice.params)
 
 
-def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
+def resolve(target: str | Path | Run, overrides: Sequence[str] = (), *, weights: bool = False) -> Target:
     """What a TARGET means.
 
-    A run folder stands for its newest checkpoint.
+    A run folder stands for its newest checkpoint; where its ``weights`` are wanted, for the newest that is whole.
 
     Raises:
         SpecError: nothing is there, or the spec has a mistake.
-        CheckpointError: a run folder without a checkpoint.
+        CheckpointError: a run folder without a checkpoint, or without the whole one that is wanted.
     """
     path = target.folder if isinstance(target, Run) else Path(target)
     if not path.is_dir():
@@ -80,18 +127,28 @@ def resolve(target: str | Path | Run, overrides: Sequence[str] = ()) -> Target:
         raise SpecError([f"{path}: is neither a run nor a checkpoint (it holds no {SPEC})"])
     if not (path / WEIGHTS).is_dir() and not (path / CHECKPOINTS).is_dir():
         raise CheckpointError(f"{path}: holds no weights ({WEIGHTS} is missing)")
-    if not (path / WEIGHTS).is_dir():
-        checkpoints = Run(path).checkpoints
-        if not checkpoints:
+    of_run = not (path / WEIGHTS).is_dir()
+    if of_run:
+        run = Run(path)
+        if not run.checkpoints:
             raise CheckpointError(f"{path}: the run has no checkpoint yet")
-        path = checkpoints[-1]
+        path = _newest_whole(run) if weights else run.checkpoints[-1]
     tokenizer = path / TOKENIZER
     try:
         spec = load_spec(path / SPEC, overrides)
     except SpecError:
         verify(path)  # is it that the file has changed?
         raise
-    return Target(spec, path, tokenizer if tokenizer.exists() else None)
+    return Target(spec, path, tokenizer if tokenizer.exists() else None, verified=of_run and weights)
+
+
+def _newest_whole(run: Run) -> Path:
+    """Of a run that has checkpoints; those passed over are told."""
+    found, damaged = newest_whole(run)
+    assert found is not None, "it has some, and none is whole is an error"
+    for line in damaged:
+        print(f"{line}; taking {found}", file=sys.stderr)
+    return found
 
 
 def load_model(
@@ -104,10 +161,11 @@ def load_model(
     Raises:
         CheckpointError: the checkpoint is damaged or does not fit its spec.
     """
-    target = target if isinstance(target, Target) else resolve(target)
+    target = target if isinstance(target, Target) else resolve(target, weights=True)
     if target.checkpoint is None:
         return build_model(target.spec, seed=target.spec.train.seed, device=device, dtype=dtype).eval()
-    verify(target.checkpoint)
+    if not target.verified:
+        verify(target.checkpoint)
     model = build_model(target.spec, device=device, dtype=dtype)
     load_weights(model, target.checkpoint / WEIGHTS)
     return model.eval()

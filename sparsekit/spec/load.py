@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,21 @@ from sparsekit.spec.merge import merge
 from sparsekit.spec.model import ModelSpec
 from sparsekit.spec.run import RunSpec
 from sparsekit.spec.slot import Params, find_slot
-from sparsekit.spec.typed import fields_at, type_at
+from sparsekit.spec.typed import Place, below, default_type, fields_at, type_at
 
-# What a resumed run may change: none of these moves a weight that is already trained.
+# What a resumed run may change, all that is below included: how long it trains, what it tells and keeps, and with how
+# much memory and time. None of these moves a weight that is already trained, nor changes an update but by rounding.
 MAY_CHANGE = (
-    "name", "packages", "train.max_steps", "train.max_tokens", "train.max_epochs", "train.log_every",
+    "name", "packages", "probes", "train.max_steps", "train.max_tokens", "train.max_epochs", "train.log_every",
     "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep", "train.callbacks", "train.device",
-    "train.on_nonfinite", "train.statistics", "train.peak_flops", "parallel",
+    "train.on_nonfinite", "train.statistics", "train.peak_flops", "parallel", "train.compile", "train.deterministic",
+    "train.objective.chunk_tokens", "model.*.attention.kernel", "model.*.ffn.dispatch",
 )  # fmt: skip
+
+
+def may_change(path: str) -> bool:
+    """Whether a resumed run may have another value at a path of its spec."""
+    return any(fnmatchcase(path, free) or fnmatchcase(path, f"{free}.*") for free in MAY_CHANGE)
 
 
 def load_spec(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
@@ -49,15 +56,26 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 
 def read_raw(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON of a spec with ``extends`` and overrides applied, always in the shape of a run spec."""
-    if isinstance(source, (str, Path)):
-        raw = _expand(read_json(Path(source)), Path(source).resolve().parent, (Path(source).resolve(),))
-    else:
-        raw = _expand(dict(source), Path.cwd(), ())
+    raw = _expanded(source)
     if "model" not in raw:
         raw = {"model": raw}
     for text in overrides:
         raw = _override(raw, text)
     return raw
+
+
+def is_bare_model(source: str | Path | Mapping[str, Any]) -> bool:
+    """Whether a spec is a model's alone, and everything else of a run of it has to be filled in."""
+    return "model" not in _expanded(source)
+
+
+def _expanded(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        whole: dict[str, Any] = _expand(read_json(path), path.resolve().parent, (path.resolve(),))
+    else:
+        whole = _expand(dict(source), Path.cwd(), ())
+    return whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,18 +109,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _nearby(path: Path) -> str:
-    siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+def _nearby(path: Path, but: Sequence[Path] = ()) -> str:
+    siblings = [p.name for p in path.parent.glob("*.json") if p not in but] if path.parent.is_dir() else []
     return did_you_mean(path.name, siblings)
 
 
-def _expand(value: Any, folder: Path, chain: tuple[Path, ...]) -> Any:
-    """Applies ``"extends": "file.json"`` at any depth; paths are relative to the file that says it."""
-    if isinstance(value, list):
-        return [_expand(item, folder, chain) for item in value]
+def _expand(
+    value: Any, folder: Path, chain: tuple[Path, ...], place: Place | None = None, keys: tuple[str, ...] = ()
+) -> Any:
+    """Applies ``"extends": "file.json"`` at any depth; paths are relative to the file that says it.
+
+    ``place`` is where in a spec the value stands, None for a whole one; ``keys`` are those to it in its file, the last
+    of ``chain``.
+    """
+    if isinstance(value, list) and place is not None:
+        return [
+            _expand(item, folder, chain, below(place, str(i), value), (*keys, str(i))) for i, item in enumerate(value)
+        ]
     if not isinstance(value, dict):
         return value
-    own = {key: _expand(item, folder, chain) for key, item in value.items() if key != "extends"}
+    root = ModelSpec if ModelSpec.model_fields.keys() & value.keys() else RunSpec
+    here = place or (root, None)
+    own = {
+        key: _expand(item, folder, chain, below(here, key, value), (*keys, key))
+        for key, item in value.items()
+        if key != "extends"
+    }
     if "extends" not in value:
         return own
     if not isinstance(value["extends"], str):
@@ -110,7 +142,11 @@ def _expand(value: Any, folder: Path, chain: tuple[Path, ...]) -> Any:
     path = (folder / value["extends"]).resolve()
     if path in chain:
         raise SpecError([f"extends: {path.name} extends itself, by way of {' -> '.join(p.name for p in chain)}"])
-    return merge(_expand(read_json(path), path.parent, (*chain, path)), own)
+    if not path.exists():
+        asking = ": ".join((*map(str, chain[-1:]), ".".join((*keys, "extends"))))
+        raise SpecError([f"{asking}: {path}: no such file{_nearby(path, chain)}"])
+    base = _expand(read_json(path), path.parent, (*chain, path), place)
+    return merge(base, own, lambda path: default_type(here, path, base))
 
 
 def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
@@ -119,45 +155,68 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     path = name.strip().split(".")
     if not equals or not all(path):
         raise SpecError([f"--set {text}: expected path=value, such as train.optimizer.lr=3e-4"])
-    over = _typed_value(value, type_at(RunSpec, path, raw))
     try:
-        laid: dict[str, Any] = _lay(raw, path, over)
+        over = _typed_value(value, type_at(RunSpec, path, raw))
+    except json.JSONDecodeError as error:
+        raise SpecError([f"--set {text}: the value is not JSON: {error.msg} at its character {error.colno}"]) from None
+    try:
+        laid: dict[str, Any] = _lay(raw, path, over, (RunSpec, None))
     except IndexError as error:
         raise SpecError([f"--set {text}: {error}"]) from None
     return laid
 
 
-def _lay(raw: Any, path: Sequence[str], value: Any) -> Any:
+def _lay(raw: Any, path: Sequence[str], value: Any, place: Place) -> Any:
+    """``raw``, which stands at a place, with a value laid over what is at a path below.
+
+    An object that names its type is a whole slot, and nothing of what was there stays; all else is merged.
+    """
     if not path:
-        return merge(raw, value)
+        whole = find_slot(place[0]) is not None and isinstance(value, dict) and "type" in value
+        return value if whole else merge(raw, value, lambda path: default_type(place, path, raw))
     head, rest = path[0], path[1:]
+    inside = below(place, head, raw)
     if isinstance(raw, list):
         if not (head.lstrip("-").isdigit() and -len(raw) <= int(head) < len(raw)):
             raise IndexError(f"there is no item {head} in a list of {len(raw)}")
         index = int(head) % len(raw)
-        return [_lay(item, rest, value) if i == index else item for i, item in enumerate(raw)]
-    if rest and isinstance(raw, dict) and isinstance(raw.get(head), (dict, list)):
-        return {**raw, head: _lay(raw[head], rest, value)}
+        return [_lay(item, rest, value, inside) if i == index else item for i, item in enumerate(raw)]
+    if isinstance(raw, dict) and isinstance(raw.get(head), (dict, list)):
+        return {**raw, head: _lay(raw[head], rest, value, inside)}
     over: Any = value
     for part in reversed(path):
         over = {part: over}
-    return merge(raw, over)
+    return merge(raw, over, lambda path: default_type(place, path, raw))
 
 
 def _typed_value(text: str, annotation: Any) -> Any:
-    """The text as JSON or as a string, whichever the schema takes at this place."""
-    candidates: list[Any] = [text]
-    with contextlib.suppress(json.JSONDecodeError):
-        candidates.insert(0, json.loads(text))
-    if annotation is not None and find_slot(annotation) is None and len(candidates) > 1:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
-        for candidate in candidates:
-            try:
-                adapter.validate_python(candidate, strict=True)
-                return candidate
-            except ValidationError:
-                continue
-    return candidates[0]
+    """The text as JSON or as a string, whichever the schema takes at this place.
+
+    Raises:
+        JSONDecodeError: it begins as an object or a list does and is none, where no string can stand.
+    """
+    is_slot = annotation is not None and find_slot(annotation) is not None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        if text.lstrip().startswith(("{", "[")) and (is_slot or not _takes(annotation, text)):
+            raise
+        return text
+    if is_slot or _takes(annotation, value) or not _takes(annotation, text):
+        return value
+    return text
+
+
+def _takes(annotation: Any, value: Any) -> bool:
+    """Whether a value may stand where that type is; None, a place that there is not, takes any."""
+    if annotation is None:
+        return True
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def validate(raw: Mapping[str, Any]) -> RunSpec:
@@ -169,7 +228,8 @@ def validate(raw: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(_explain(error, RunSpec, raw) + _missing_packages(raw)) from None
+        missing = _missing_packages(raw)
+        raise SpecError(missing + _explain(error, RunSpec, raw, names=not missing)) from None
 
 
 def validate_model(raw: Mapping[str, Any]) -> ModelSpec:
@@ -180,13 +240,18 @@ def validate_model(raw: Mapping[str, Any]) -> ModelSpec:
         raise SpecError(_explain(error, ModelSpec, raw)) from None
 
 
-def _explain(error: ValidationError, root: type[Params], raw: Any) -> list[str]:
+def _explain(error: ValidationError, root: type[Params], raw: Any, names: bool = True) -> list[str]:
+    """A line for each mistake; those in ``names`` only if asked for, as a missing package explains them."""
     lines = []
     for problem in error.errors(include_url=False):
+        if problem["type"] == "slot_name" and not names:
+            continue
         path = [str(part) for part in problem["loc"]]
         if problem["type"] == "extra_forbidden":
             known = fields_at(root, path[:-1], raw)
-            message = f"unknown key {path[-1]!r}{did_you_mean(path[-1], known)}"
+            homes = _sections_with(path[-1]) if root is RunSpec and len(path) == 1 else []
+            near = did_you_mean(homes[0], homes) if homes else did_you_mean(path[-1], known)
+            message = f"unknown key {path[-1]!r}{near}"
             message += f"; keys: {', '.join(known)}" if known else ""
             path = path[:-1]
         elif problem["type"] == "missing":
@@ -202,6 +267,16 @@ def _explain(error: ValidationError, root: type[Params], raw: Any) -> list[str]:
     return lines
 
 
+def _sections_with(key: str) -> list[str]:
+    """Where in a run spec a key may stand one level down: ``["model.allow_leak"]``."""
+    sections = {name: field.annotation for name, field in RunSpec.model_fields.items()}
+    return [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Params) and key in section.model_fields
+    ]
+
+
 def _missing_packages(raw: Mapping[str, Any]) -> list[str]:
     """Which packages a saved spec was made with and this environment lacks."""
     wanted = raw.get("packages")
@@ -210,7 +285,7 @@ def _missing_packages(raw: Mapping[str, Any]) -> list[str]:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"packages: made with {package} {version}, which is not installed: pip install {package}")
+            lines.append(f"packages: made with {package} {version}, which is not installed; install that package")
     return lines
 
 
@@ -222,7 +297,7 @@ def dump(spec: Params) -> dict[str, Any]:
 def with_packages(spec: RunSpec) -> RunSpec:
     """The spec with the version of every plug-in package that it uses."""
     owners = {}
-    for section in (spec.model, spec.data, spec.train, *spec.model.per_layer):
+    for section in (spec.model, spec.data, spec.train, *spec.probes, *spec.model.per_layer):
         for _, choice in walk(section):
             entry = registry(choice.kind).entry(choice.type)
             if entry.owner != OURSELVES and entry.version:

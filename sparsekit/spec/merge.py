@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+Path = tuple[str, ...]
+DefaultType = Callable[[Path], str | None]  # of the slot at a path, if there is one that has a default
 
-def merge(base: Any, over: Any) -> Any:
+
+def merge(base: Any, over: Any, default_type: DefaultType = lambda path: None, path: Path = ()) -> Any:
     """``over`` laid upon ``base``: objects merge key by key, everything else (lists too) is replaced.
 
     A slot whose ``type`` changes is replaced whole, since the parameters of one component mean nothing to another;
-    the shorthand ``"rmsnorm"`` is read as ``{"type": "rmsnorm"}`` wherever the other side is an object. Neither
-    argument is changed.
+    the shorthand ``"rmsnorm"`` is read as ``{"type": "rmsnorm"}`` wherever the other side is an object, and a slot of
+    ``base`` that names no type as of its default one. Neither argument is changed.
+
+    Args:
+        default_type: asked only where it matters.
+        path: from where ``default_type`` counts to ``base``.
     """
     if isinstance(base, str) and isinstance(over, dict):
         base = {"type": base}
+    named = over.get("type") if isinstance(over, dict) else over
+    if isinstance(named, str) and isinstance(base, dict) and "type" not in base:
+        default = default_type(path)
+        base = base if default is None else {"type": default, **base}
     if isinstance(over, str) and isinstance(base, dict) and "type" in base:
         over = {"type": over}
     if not (isinstance(base, dict) and isinstance(over, dict)):
@@ -23,7 +35,8 @@ def merge(base: Any, over: Any) -> Any:
         return copy.deepcopy(over)
     merged = {key: copy.deepcopy(value) for key, value in base.items() if key not in over}
     for key, value in over.items():
-        merged[key] = merge(base[key], value) if key in base else copy.deepcopy(value)
+        below = (*path, key)
+        merged[key] = merge(base[key], value, default_type, below) if key in base else copy.deepcopy(value)
     return {key: merged[key] for key in [*base, *(key for key in over if key not in base)]}
 
 

@@ -12,6 +12,7 @@ from pydantic import (
     PositiveInt,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
@@ -47,7 +48,8 @@ class Partial:
 class ModelSpec(Params):
     """A decoder-only transformer.
 
-    ``block`` is every layer's; or ``blocks`` names several and ``pattern`` repeats their names over the depth.
+    ``block`` is every layer's; or ``blocks`` names several and ``pattern`` repeats their names over the depth (null
+    takes back a block that was inherited).
     ``layers`` holds exceptions: ``"0"``, ``"-1"`` or a slice ``"4:12:2"``, each a partial block merged over the
     layer's own; the last match wins.
     """
@@ -69,6 +71,13 @@ class ModelSpec(Params):
     allow_leak: bool = False
 
     _per_layer: list[BlockSpec] = PrivateAttr()
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _without_null(cls, blocks: Any) -> Any:
+        if not isinstance(blocks, dict):
+            return blocks
+        return {name: block for name, block in blocks.items() if block is not None}
 
     @property
     def last_norm(self) -> Choice:
@@ -105,7 +114,9 @@ class ModelSpec(Params):
             for i, name in enumerate(names)
             if name not in self.blocks
         ]
-        raise_problems(unknown)
+        mend = "name it in 'pattern', or set it to null"
+        unused = [(("blocks", name), f"no layer uses it; {mend}") for name in self.blocks if name not in names]
+        raise_problems(unknown or unused)
         return [(f"blocks.{name}", self.blocks[name]) for name in (names * self.n_layers)[: self.n_layers]]
 
     def _merge_layers(self, base: list[tuple[str, BlockSpec]]) -> list[BlockSpec]:

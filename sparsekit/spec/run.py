@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from sparsekit.registry import registry
 from sparsekit.spec.facts import Facts, check_choice
 from sparsekit.spec.model import ModelSpec, raise_problems
 from sparsekit.spec.slot import Choice, Params, Slot, pick
@@ -86,7 +95,8 @@ class TrainSpec(Params):
 
     Its length is ``max_steps``, ``max_tokens`` or ``max_epochs`` (one epoch where none is given). A step takes
     ``global_batch_tokens`` tokens in micro-batches of ``micro_batch_size`` sequences. The ``*_every`` fields count
-    steps; null means only at the end.
+    steps; null means only at the end. ``checkpoint_every`` "auto" saves ten times, so that a kill costs a tenth of the
+    run at most.
 
     ``precision`` "bf16" keeps weights, gradients and optimizer state in float32 and multiplies matrices in bfloat16
     (autocast); "pure_bf16" keeps all of these in bfloat16, which takes half the memory and loses updates below some
@@ -120,7 +130,7 @@ class TrainSpec(Params):
     peak_flops: PositiveFloat | None = None
     eval_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
-    checkpoint_every: PositiveInt | None = None
+    checkpoint_every: PositiveInt | Literal["auto"] | None = "auto"
     keep: KeepSpec = KeepSpec()
     callbacks: list[Annotated[Choice, Slot("callback")]] = Field(
         default_factory=lambda: [pick("progress"), pick("tensorboard"), pick("sample")]
@@ -133,6 +143,14 @@ class TrainSpec(Params):
         if isinstance(value, bool) or value in ("layers", "model"):
             return value
         raise ValueError(f"expected true, false, 'layers' or 'model', got {value!r}")
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _saves(cls, value: object) -> object:
+        """In one line, where pydantic has one for each member of the union."""
+        if value in ("auto", None) or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"expected a number of steps, 'auto' or null, got {value!r}")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:
@@ -170,6 +188,47 @@ class ParallelSpec(Params):
         raise ValueError(f"expected 'none', 'full', 'selective', or n for every n-th layer, got {value!r}")
 
 
+class ScheduledProbe(Params):
+    """A probe in training: a probe's own fields, and beside them when and on how much of the validation text it looks.
+
+    ``every`` n steps, or at the "end"; ``sequences`` are the same ones each time.
+    """
+
+    probe: Annotated[Choice, Slot("probe")]
+    every: PositiveInt | Literal["end"] = "end"
+    sequences: PositiveInt = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, data: Any) -> Any:
+        """From ``{"type": "variance", "every": 50}``, or a name alone."""
+        if isinstance(data, str):
+            return {"probe": data}
+        if not isinstance(data, dict) or "probe" in data:
+            return data
+        own = {name: data[name] for name in ("every", "sequences") if name in data}
+        return {"probe": {name: value for name, value in data.items() if name not in own}, **own}
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _when(cls, value: object) -> object:
+        """In one line, where pydantic has one for each member of the union."""
+        if value == "end" or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"expected a number of steps or 'end', got {value!r}")
+
+    @model_serializer
+    def _as_given(self) -> dict[str, Any]:
+        return {**self.probe.dump(), "every": self.every, "sequences": self.sequences}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        names = {"enum": registry("probe").names()}
+        positive = {"type": "integer", "exclusiveMinimum": 0}
+        fields = {"type": names, "every": {"anyOf": [positive, {"const": "end"}]}, "sequences": positive}
+        return {"anyOf": [names, {"type": "object", "required": ["type"], "properties": fields}]}
+
+
 class RunSpec(Params):
     """Everything about a run: ``sparsekit train`` needs nothing else.
 
@@ -181,6 +240,7 @@ class RunSpec(Params):
     data: DataSpec = Field(default_factory=lambda: cast(DataSpec, {}))  # validated, hence imported, only when used
     train: TrainSpec = Field(default_factory=lambda: cast(TrainSpec, {}))
     parallel: ParallelSpec = ParallelSpec()
+    probes: list[ScheduledProbe] = Field(default_factory=list)
     packages: dict[str, str] = Field(default_factory=dict)
 
     @property

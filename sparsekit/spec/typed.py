@@ -1,4 +1,4 @@
-"""Which type a path of a spec has: for typed overrides and for naming the nearest key in an error."""
+"""Which type a path of a spec has: for typed overrides, default types, and naming the nearest key in an error."""
 
 from __future__ import annotations
 
@@ -11,35 +11,41 @@ from sparsekit.registry import registry
 from sparsekit.spec.model import Partial
 from sparsekit.spec.slot import Params, find_slot, slot_of
 
+Place = tuple[Any, Any]  # (annotation, default) of a field; (None, None) for what is no part of a spec
+
 
 def type_at(root: type[Params], path: Sequence[str], raw: Any) -> Any:
     """The annotation at ``path`` below ``root``, following ``raw`` through slots; None where the path leads nowhere."""
-    return _descend(root, path, raw)[0]
+    return _descend((root, None), path, raw)[0]
 
 
-def _descend(root: type[Params], path: Sequence[str], raw: Any) -> tuple[Any, Any]:
-    """(annotation, default) of the field at a path; (None, None) where it leads nowhere."""
-    found: Any = root
-    default: Any = None
+def default_type(place: Place, path: Sequence[str], raw: Any) -> str | None:
+    """What fills the slot at ``path`` below a place where nothing is said; None where that is no slot or has none."""
+    annotation, default = _descend(place, path, raw)
+    return default.get("type") if isinstance(default, dict) and find_slot(annotation) is not None else None
+
+
+def _descend(place: Place, path: Sequence[str], raw: Any) -> Place:
     for part in path:
-        params = params_at(found, default, raw)
-        if params is not None:
-            if part == "type" and find_slot(found) is not None:
-                found, default = str, None
-            elif part in params.model_fields:
-                field = params.model_fields[part]
-                slot = slot_of(field)
-                # what a partial object leaves out is not the default, but what it is merged over
-                default = None if _is_partial(found) else field.default
-                found = Annotated[field.annotation, slot] if slot else field.annotation
-            else:
-                return None, None
-        else:
-            found, default = _item_type(found), None
-            if found is None:
-                return None, None
-        raw = _item(raw, part)
-    return found, default
+        place, raw = below(place, part, raw), _item(raw, part)
+    return place
+
+
+def below(place: Place, part: str, raw: Any) -> Place:
+    """The place of a key or an item of ``raw``, which stands at a place."""
+    found, default = place
+    params = params_at(found, default, raw)
+    if params is None:
+        return _item_type(found), None
+    if part == "type" and find_slot(found) is not None:
+        return str, None
+    if part not in params.model_fields:
+        return None, None
+    field = params.model_fields[part]
+    slot = slot_of(field)
+    annotation = Annotated[field.annotation, slot] if slot else field.annotation
+    # what a partial object leaves out is not the default, but what it is merged over
+    return annotation, None if _is_partial(found) else field.default
 
 
 def params_at(annotation: Any, default: Any, raw: Any) -> type[Params] | None:
@@ -68,8 +74,10 @@ def fields_at(root: type[Params], path: Sequence[str], raw: Any) -> list[str]:
     here = raw
     for part in path:
         here = _item(here, part)
-    params = params_at(*_descend(root, path, raw), here)
-    return list(params.model_fields) if params else []
+    place = _descend((root, None), path, raw)
+    params = params_at(*place, here)
+    own = ["type"] if find_slot(place[0]) is not None else []
+    return list(params.model_fields) + own if params else []
 
 
 def _is_partial(annotation: Any) -> bool:

@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from sparsekit import spec
 from sparsekit.files import written_whole
 from sparsekit.model.generate import generate
+from sparsekit.model.targets import read_rows
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -125,10 +126,9 @@ class Sample(Callback):
     def on_start(self, trainer: Trainer) -> None:
         self._path = trainer.run.folder / "samples.jsonl"
         if trainer.is_main and self._path.exists():  # those of steps that a resumed run takes again are dropped
-            lines = [line for line in self._path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= trainer.progress.step]
+            kept = [row for row in read_rows(self._path) if row["step"] <= trainer.progress.step]
             with written_whole(self._path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def on_step(self, trainer: Trainer) -> None:
         step, every = trainer.progress.step, self.params.every

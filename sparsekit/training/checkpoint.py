@@ -21,16 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsekit.errors import CheckpointError
-from sparsekit.files import read_object, seal, verify, write_json
+from sparsekit.files import read_object, seal, write_json
 from sparsekit.model.targets import CHECKPOINTS, SPEC, TOKENIZER, Run
 from sparsekit.model.weights import MODEL_PREFIX, OPTIMIZER_PREFIX, WEIGHTS, alone_is_meant, load_weights, read, stored
-from sparsekit.spec.load import MAY_CHANGE, dump
+from sparsekit.spec.load import dump, may_change
 from sparsekit.spec.merge import differences
 from sparsekit.spec.run import KeepSpec, RunSpec
 from sparsekit.training.distributed import World, in_a_line
 from sparsekit.training.gradients import local
 
 STATE, RANDOM = "state.json", "random.safetensors"
+PAST = "past-"  # before the name of a checkpoint that a run went back behind
 FORMAT = 2
 
 
@@ -257,10 +258,12 @@ def load(
 ) -> Restored:
     """Puts back what :class:`Saver` wrote, random numbers included, under whatever world size.
 
+    Args:
+        folder: a checkpoint that :func:`~sparsekit.files.verify` has found whole; hashing it takes as long as reading.
+
     Raises:
-        CheckpointError: the checkpoint is damaged, or was trained on other text.
+        CheckpointError: it was trained on other text, or is of another format.
     """
-    world.from_main(lambda: verify(folder))
     state = read_object(folder / STATE)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: has format {state.get('format')}, this version reads {FORMAT}")
@@ -312,7 +315,7 @@ def _restore_random_state(path: Path, world: World) -> None:
 
 
 def demand_same_spec(folder: Path, spec: RunSpec) -> None:
-    """Refuses a checkpoint of another spec; what does not touch trained weights may differ.
+    """Refuses a checkpoint of another spec; what does not touch training may differ.
 
     Raises:
         CheckpointError: with the differences.
@@ -320,7 +323,7 @@ def demand_same_spec(folder: Path, spec: RunSpec) -> None:
     changed = {
         path: values
         for path, values in differences(read_object(folder / SPEC), dump(spec)).items()
-        if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+        if not may_change(path)
     }
     if changed:
         told = [f"{path} was {old}, is {new}" for path, (old, new) in changed.items()]
@@ -331,39 +334,45 @@ def demand_same_spec(folder: Path, spec: RunSpec) -> None:
         )
 
 
-def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, if any, and a line for each newer one that is damaged."""
-    damaged: list[str] = []
-    for folder in reversed(run.checkpoints):
-        try:
-            verify(folder)
-            return folder, damaged
-        except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
-
-
 def clear_unfinished(run: Run, step: int) -> None:
     """Removes what a kill left half written, and puts aside the checkpoints past the step that a run goes on from.
 
     Those are damaged, or of steps that will be taken again: counted among the newest, they would drive out new ones.
+    They stay until :func:`prune` finds the run past them once more.
     """
     for path in (*run.folder.glob(".*.tmp"), *(run.folder / CHECKPOINTS).glob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in run.checkpoints:
-        if int(folder.name.removeprefix("step-")) > step:
-            aside = folder.with_name(f"past-{folder.name}")
+        if _step(folder) > step:
+            aside = folder.with_name(f"{PAST}{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
 
 
 def prune(run: Run, keep: KeepSpec, progress: Progress) -> None:
-    """Removes the checkpoints that the policy does not keep."""
+    """Removes the checkpoints that the policy does not keep, and those put aside that the run has got past again.
+
+    To be called when the newest checkpoint is whole, forced to the disk and named: from then on whatever is of its
+    step or an earlier one is needed by nobody to go on from, and a kill between any two removals leaves that newest
+    one. What it leaves of the others, under a temporary name or not yet touched, the next start or save removes.
+    """
     newest = run.checkpoints[-keep.last :]
     for folder in run.checkpoints:
-        step = int(folder.name.removeprefix("step-"))
+        step = _step(folder)
         wanted = folder in newest or (keep.every is not None and step % keep.every == 0)
         if not wanted and not (keep.best and step == progress.best_step):
-            aside = folder.with_name(f".{folder.name}.tmp")  # so that a kill leaves no half of it under its name
-            folder.rename(aside)
-            shutil.rmtree(aside)
+            _remove(folder)
+    for folder in (run.folder / CHECKPOINTS).glob(f"{PAST}step-*[0-9]"):
+        if _step(folder) <= progress.step:
+            _remove(folder)
+
+
+def _step(folder: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def _remove(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.tmp")  # so that a kill leaves no half of it under its name
+    folder.rename(aside)
+    shutil.rmtree(aside)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from sparsekit.errors import SparsekitError, SpecError
 T = TypeVar("T")
 STOP, SAVE = 0, 1  # what a signal asks for
 ONE_REQUEST = 2.0  # seconds: a scheduler's signal comes to a process, and once more passed on by torchrun
+JOINING = timedelta(minutes=10)  # in which all processes must have come; as long as torchrun waits for its nodes
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def joined(device: str) -> Iterator[World]:
 
     Raises:
         SpecError: the device cannot be used.
-        SystemExit: another process has ended; told in a line, with exit code 1.
+        SystemExit: another process has ended, or has not come in time; told in a line, with exit code 1.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -145,24 +147,43 @@ def joined(device: str) -> Iterator[World]:
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(here)
     began = not dist.is_initialized()
-    if began:
-        store, rank, _ = next(rendezvous("env://"))
-        # torchrun starts dead processes again over the same store, where their predecessors' addresses still stand
-        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    groups = [dist.new_group(backend="gloo") for _ in range(2)]
+    problem, mend = (
+        f"the {size} processes of this run have not come together",
+        "see what the others wrote, and start all again",
+    )
     try:
+        if began:
+            _meet("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+        groups = [dist.new_group(backend="gloo") for _ in range(2)]
+        problem = "another process of this run has ended or is out of reach"
+        mend = "see what it wrote, and train again to go on from the newest checkpoint"
         yield World(here, dist.get_rank(), dist.get_world_size(), *groups)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        told = f"rank {dist.get_rank()}: another process of this run has ended or is out of reach ({in_a_line(error)})"
-        print(f"error: {told}; see what it wrote, and train again to go on from the newest checkpoint", file=sys.stderr)
+        print(f"error: rank {os.environ.get('RANK')}: {problem} ({in_a_line(error)}); {mend}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
-        if began:
+        if began and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Waits until all processes have come, and no longer than JOINING for one that may have died before.
+
+    Raises:
+        RuntimeError: they have not.
+        SparsekitError: the environment does not say where to meet.
+    """
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=JOINING))
+    except ValueError as error:
+        names = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        raise SparsekitError(f"{in_a_line(error)}; start with torchrun, or set {names} for each process") from None
+    store.set_timeout(dist.default_pg_timeout)
+    # torchrun starts dead processes again over the same store, where their predecessors' addresses still stand
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def in_a_line(error: BaseException) -> str:

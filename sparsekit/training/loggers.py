@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import sys
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +28,8 @@ BINS = 64
 class TensorBoard(Callback):
     """Every number of metrics.jsonl as a TensorBoard scalar, in the run's folder tb/; texts, and histograms on request.
 
+    Where the disk has no room for them, training goes on without, and says so.
+
     ``histograms`` are of "weights", of "gradients" (before clipping), or both: of every parameter, each
     ``histograms_every`` steps, over its finite values.
     """
@@ -36,9 +40,11 @@ class TensorBoard(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self._writer: Any = None
+        self._told_by_threads = threading.excepthook
         if trainer.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = self._told
             after = trainer.progress.step
             self._writer = SummaryWriter(str(trainer.run.folder / "tb"), purge_step=after + 1 if after else None)
 
@@ -50,18 +56,31 @@ class TensorBoard(Callback):
         self._draw("weights", trainer.progress.step, trainer.model.named_parameters())
 
     def on_log(self, trainer: Trainer, row: Row) -> None:
-        if self._writer is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self._writer.add_scalar(key, value, row["step"])
+        for key, value in row.items():
+            if key != "step":
+                self._write("add_scalar", key, value, row["step"])
 
     def on_text(self, trainer: Trainer, name: str, text: str) -> None:
-        if self._writer is not None:
-            self._writer.add_text(name, text, trainer.progress.step)
+        self._write("add_text", name, text, trainer.progress.step)
 
     def on_end(self, trainer: Trainer, finished: bool) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._write("close")
+        threading.excepthook = self._told_by_threads
+
+    def _write(self, what: str, *arguments: Any, **more: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, what)(*arguments, **more)
+        except OSError as error:
+            told = f"warning: {self._writer.log_dir}: cannot be written ({error.strerror}); going on without it"
+            print(told, file=sys.stderr)
+            self._writer = None
+
+    def _told(self, failure: threading.ExceptHookArgs) -> None:
+        """Of TensorBoard's thread, which writes: what fails there comes up in the next call here."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            self._told_by_threads(failure)
 
     def _draw(
         self, kind: Literal["weights", "gradients"], step: int, named: Iterable[tuple[str, Tensor | None]]
@@ -71,8 +90,8 @@ class TensorBoard(Callback):
             return
         for name, tensor in named:
             drawn = None if tensor is None else histogram(tensor)
-            if drawn is not None and self._writer is not None:
-                self._writer.add_histogram_raw(f"{kind}/{name}", **drawn, global_step=step)
+            if drawn is not None:
+                self._write("add_histogram_raw", f"{kind}/{name}", **drawn, global_step=step)
 
 
 def histogram(tensor: Tensor, bins: int = BINS) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 
-from sparsekit.errors import CheckpointError, SparsekitError
-from sparsekit.files import verify
-from sparsekit.model.targets import SPEC, TOKENIZER, Run
+from sparsekit.errors import CheckpointError
+from sparsekit.files import sole, verify, writable
+from sparsekit.model.targets import SPEC, TOKENIZER, Run, newest_whole
+from sparsekit.model.weights import WEIGHTS
 from sparsekit.spec.run import RunSpec
 from sparsekit.training import checkpoint
 from sparsekit.training.distributed import Agreement, World, joined, listening
 from sparsekit.training.trainer import Trainer
 
-UNWRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
-}  # fmt: skip
+LOGS = ("*.log", "*.out", "*.err")  # which a shell or a scheduler may put into a run's folder before it begins
 
 
 def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto") -> Run:
@@ -38,10 +36,12 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
         SparsekitError: a mistake of the user's, in one line.
     """
     run = Run(Path(out) if out is not None else Path("runs") / spec.name)
-    with _writable(run.folder), _repeatable(spec.train.deterministic), joined(spec.train.device) as world:
+    keeps = writable(run.folder, lambda: bool(run.checkpoints))
+    with keeps, _repeatable(spec.train.deterministic), joined(spec.train.device) as world:
         agreement = Agreement(world)
-        with listening(agreement):  # from here on, so that a signal while text is read is heard too
-            start = world.from_main(lambda: _starting_point(run, spec, resume))
+        # listening from here on, so that a signal while text is read is heard too
+        with listening(agreement), contextlib.ExitStack() as held:
+            start = world.from_main(lambda: _starting_point(run, spec, resume, held))
             trainer = Trainer(spec, run, world, agreement)
             try:
                 if start is not None:
@@ -53,21 +53,12 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
                         f"raise train.max_steps to go on, or start over with --resume never",
                     )
                 else:
+                    if start is not None:
+                        _say(world, f"{run.folder}: going on from step {trainer.progress.step} ({start})")
                     trainer.fit()
             finally:
                 trainer.close()
     return run
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        mend = "make room or give another --out; what was saved is whole, and training goes on from there"
-        raise SparsekitError(f"{folder}: cannot be written ({checkpoint.reason_of(error)}); {mend}") from None
 
 
 @contextlib.contextmanager
@@ -93,27 +84,34 @@ def _say(world: World, line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _starting_point(run: Run, spec: RunSpec, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start in a folder that holds no other run."""
+def _starting_point(run: Run, spec: RunSpec, resume: str, held: contextlib.ExitStack) -> Path | None:
+    """The checkpoint to go on from, whole, or None for a fresh start in a folder that holds no other run.
+
+    While ``held`` is open, no other process trains into the folder.
+    """
+    _demand_a_runs_folder(run.folder)
+    held.enter_context(sole(run.folder))
     if resume not in ("auto", "never"):
         path = Path(resume)
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint; give a checkpoint's folder, a run's, auto or never")
+        if run.checkpoints and not path.resolve().is_relative_to(run.folder.resolve()):
+            told = f"{run.folder}: holds checkpoints of its own, which would be mixed with what begins at {path}"
+            raise CheckpointError(f"{told}; go on from them with --resume auto, or give another --out")
         if path.name.startswith("step-"):
             verify(path)
             found: Path | None = path
         else:
-            found, damaged = checkpoint.newest_whole(Run(path))
+            found, _ = newest_whole(Run(path))
             if found is None:
-                raise CheckpointError(damaged[0] if damaged else f"{path}: holds no checkpoint")
+                raise CheckpointError(f"{path}: holds no checkpoint")
     elif resume == "never":
         if (run.folder / SPEC).exists():
             _move_aside(run.folder)
+            held.enter_context(sole(run.folder))  # what is held already has moved
         found = None
     else:
-        found, damaged = checkpoint.newest_whole(run)
-        if found is None and damaged:
-            raise CheckpointError(damaged[0])
+        found, damaged = newest_whole(run)
         for line in damaged:
             print(f"{line}; going on from {found}", file=sys.stderr)
     if found is not None:
@@ -121,6 +119,19 @@ def _starting_point(run: Run, spec: RunSpec, resume: str) -> Path | None:
     else:
         (run.folder / TOKENIZER).unlink(missing_ok=True)  # of a run that never came to save anything
     return found
+
+
+def _demand_a_runs_folder(folder: Path) -> None:
+    """Refuses to mix a run with other things."""
+    if (folder / WEIGHTS).is_dir() and (folder / SPEC).exists():
+        told = f"{folder}: is a checkpoint, not a run's folder"
+        raise CheckpointError(f"{told}; give another --out, and --resume {folder} to go on from it")
+    if (folder / SPEC).exists() or not folder.is_dir():
+        return
+    expected = {TOKENIZER, *(path.name for pattern in LOGS for path in folder.glob(pattern))}
+    strangers = sorted({path.name for path in folder.glob("[!.]*")} - expected)
+    if strangers:
+        raise CheckpointError(f"{folder}: holds {strangers[0]} and no run; give another --out")
 
 
 def _move_aside(folder: Path) -> None:

@@ -18,12 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from sparsekit.components.contracts import ForwardContext, Linear
 from sparsekit.model.decoder import Decoder
+from sparsekit.probes.site_means import SITES, SUMS, WITHOUT_MOMENTS, moments_of, ratio, site_means, unbiased
 from sparsekit.training.gradients import copies
-
-SITES = ("resid", "attn_out", "ffn_out")
-# means over tokens: of the variance over channels, of powers of all entries, of the skewness and kurtosis over channels
-SUMS = ("variance", "x2", "x1", "x3", "x4", "skewness", "skewness^2", "kurtosis", "kurtosis^2")
-WITHOUT_MOMENTS = 2
 
 
 class LayerStatistics:
@@ -138,22 +134,22 @@ class LayerStatistics:
         """
         sums = self._sums if stacked is None else self._split(stacked)
         weight = sums["weight"]
-        sites = dict(zip(SUMS, _ratio(sums["sites"], weight), strict=False))
+        sites = dict(zip(SUMS, ratio(sums["sites"], weight), strict=False))
         told = {
             f"{name}/{site}/layer_{index}": value
             for name, values in self._of_sites(sites, sums["tokens"]).items()
             for site, row in zip(SITES, values, strict=True)
             for index, value in enumerate(row)
         }
-        density = _ratio(sums["units"][0], sums["units"][1])
-        dropped = _ratio(sums["dropped"], weight)
-        norms = (_ratio(sums["squares"][0], weight) + sums["squares"][1]).sqrt()
+        density = ratio(sums["units"][0], sums["units"][1])
+        dropped = ratio(sums["dropped"], weight)
+        norms = (ratio(sums["squares"][0], weight) + sums["squares"][1]).sqrt()
         for index in range(len(self.layers)):
             if self._downs[index]:
                 told[f"density/layer_{index}"] = density[index]
             if index in self._loads:
                 n_experts = self._loads[index].load.numel()
-                share_E = _ratio(sums["load"][index], sums["load"][index].sum())
+                share_E = ratio(sums["load"][index], sums["load"][index].sum())
                 entropy = -torch.special.xlogy(share_E, share_E).sum()
                 told[f"load_max/layer_{index}"] = share_E.max() * n_experts
                 told[f"load_entropy/layer_{index}"] = entropy / math.log(max(2, n_experts))
@@ -187,17 +183,11 @@ class LayerStatistics:
         told = {"variance": means["variance"], "rms": means["x2"].sqrt()}
         told["frobenius"] = told["rms"] * n_entries.sqrt()
         if self.moments:
-            x1, x2, x3, x4 = (means[f"x{power}"] for power in (1, 2, 3, 4))
-            m2 = (x2 - x1**2).clamp(min=0)
-            m3 = x3 - 3 * x1 * x2 + 2 * x1**3
-            m4 = x4 - 4 * x1 * x3 + 6 * x1**2 * x2 - 3 * x1**4
-            told["skewness"] = _ratio(m3, m2**1.5)
-            told["kurtosis"] = _ratio(m4, m2**2)
-            told["cv"] = _ratio((m2 * _unbiased(n_entries)).sqrt(), x1.abs())
+            told |= moments_of(means, n_entries)
             for name in ("skewness", "kurtosis"):
                 mean, square = means[name], means[f"{name}^2"]
                 told[f"token_{name}"] = mean
-                told[f"token_{name}_std"] = ((square - mean**2).clamp(min=0) * _unbiased(tokens)).sqrt()
+                told[f"token_{name}_std"] = ((square - mean**2).clamp(min=0) * unbiased(tokens)).sqrt()
         return told
 
     def _hooks(self, index: int) -> Iterator[Any]:
@@ -263,43 +253,9 @@ class LayerStatistics:
             self._sums["dropped"][index] += self._drops[index].dropped * self._weight
 
 
-def site_means(x_ND: Tensor, moments: bool, dtype: torch.dtype) -> Tensor:
-    """The means over tokens that SUMS names, [K]; of an [N, D] tensor, in float32 or wider."""
-    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
-    width = x_ND.shape[1]
-    mean_N1 = x_ND.mean(-1, keepdim=True)
-    z_ND = x_ND - mean_N1
-    square_N1 = z_ND.square().mean(-1, keepdim=True)
-    mean_N, m2_N = mean_N1[:, 0].to(dtype), square_N1[:, 0].to(dtype)
-    kept = [m2_N * (width / max(width - 1, 1)), m2_N + mean_N**2]
-    if moments:
-        z_ND *= torch.where(square_N1 > 0, square_N1.rsqrt(), 0)  # of unit variance: powers neither over- nor underflow
-        square_ND = z_ND.square()
-        skewness_N = (z_ND * square_ND).mean(-1).to(dtype)
-        kurtosis_N = square_ND.square_().mean(-1).to(dtype)
-        m3_N, m4_N = skewness_N * m2_N**1.5, kurtosis_N * m2_N**2
-        kept += [
-            mean_N,
-            m3_N + 3 * mean_N * m2_N + mean_N**3,
-            m4_N + 4 * mean_N * m3_N + 6 * mean_N**2 * m2_N + mean_N**4,
-            skewness_N, skewness_N**2, kurtosis_N, kurtosis_N**2,
-        ]  # fmt: skip
-    return torch.stack(kept).mean(-1)
-
-
 @functools.cache
 def _fused_site_means() -> Any:
     return torch.compile(site_means, dynamic=False)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 where the latter is 0."""
-    return torch.where(denominator != 0, numerator / denominator, 0)
-
-
-def _unbiased(n: Tensor) -> Tensor:
-    """n / (n - 1)."""
-    return n / (n - 1).clamp(min=1)
 
 
 def _is_down(module: nn.Module) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.components.attention import KernelAttention
 from sparsekit.components.contracts import Component, ForwardContext, counters
 from sparsekit.data.dataset import OWN, load_data
 from sparsekit.data.packing import Batch, HostBatch
 from sparsekit.data.prefetch import Prefetched
 from sparsekit.errors import SparsekitError, SpecError
 from sparsekit.files import write_json
-from sparsekit.model.build import build_model
+from sparsekit.model.build import build_model, demand_causal
 from sparsekit.model.targets import SPEC, TOKENIZER, Run
 from sparsekit.spec.load import dump, with_packages
 from sparsekit.spec.run import RunSpec
@@ -32,6 +33,7 @@ from sparsekit.training.hardware import Meter, peak_flops
 from sparsekit.training.metrics import MetricsLog
 from sparsekit.training.parallel import check_sizes, group_by_mesh, last_micro_batch, parallelise
 from sparsekit.training.schedules import BatchRamp, Place
+from sparsekit.training.side_probes import SideProbes
 from sparsekit.training.statistics import LayerStatistics
 from sparsekit.training.watch import Late, SpikeWatch, StepReport, first_not_finite
 
@@ -47,6 +49,7 @@ class Trainer:
         loader: this rank's batches.
         progress: how far it is.
         total_steps: how far it goes.
+        checkpoint_every: after how many steps it saves; None for at the end only.
     """
 
     def __init__(self, spec: RunSpec, run: Run, world: World | None = None, agreement: Agreement | None = None):
@@ -75,7 +78,8 @@ class Trainer:
         torch.manual_seed(settings.seed + 1_000_003 * self.world.data_rank)  # of what is drawn in training
         dtype = torch.bfloat16 if settings.precision == "pure_bf16" else torch.float32
         self.model = build_model(spec.model, device="meta", dtype=dtype)
-        _demand_causal(self.model, spec.model.allow_leak)
+        demand_causal(self.model)
+        self.world.together(self._demand_kernels)
         self.world.together(lambda: parallelise(self.model, spec, self.world))
         components = [module for module in self.model.modules() if isinstance(module, Component)]
         self.moved_by_rule = [m for m in components if type(m).after_step is not Component.after_step]
@@ -89,7 +93,10 @@ class Trainer:
         self.gradients = Gradients(self.model, self.world)
         self.schedule = settings.schedule.cls(settings.schedule.params)
         self.callbacks = [choice.cls(choice.params) for choice in settings.callbacks]
+        self.callbacks += [SideProbes(spec.probes)] if spec.probes else []
         self.total_steps = self._count_steps()
+        every = settings.checkpoint_every
+        self.checkpoint_every = math.ceil(self.total_steps / 10) if every == "auto" else every
         self.progress = Progress()
         self.saver = Saver(run, self.spec, self.world)
         self.stopping = False
@@ -99,6 +106,13 @@ class Trainer:
 
     def _read_data(self) -> None:
         self.data = load_data(self.spec.data, self.run.folder / TOKENIZER)
+
+    def _demand_kernels(self) -> None:
+        """Refuses a kernel that cannot train here before the first step, and in words of the spec's."""
+        dtype = torch.float32 if self.spec.train.precision == "fp32" else torch.bfloat16
+        for module in self.model.modules():
+            if isinstance(module, KernelAttention):
+                module.kernel.demand(module.asked, self.device, dtype, gradients=True)
 
     @property
     def finished(self) -> bool:
@@ -181,7 +195,7 @@ class Trainer:
                         layers = {} if statistics is None else statistics.rows(self.world.sum(statistics.stacked))
                         self._log(log, {**told, **speed, **layers}, due_eval)
                     improved = settings.keep.best and due_eval and self.progress.best_step == step
-                    due_save = improved or SAVE in asked or _due(step, settings.checkpoint_every)
+                    due_save = improved or SAVE in asked or _due(step, self.checkpoint_every)
                     if due_save and self.saver.begun_step != step:  # as it may have in evaluation
                         self._save()
                     self._tell_saved(self.saver.poll())
@@ -423,11 +437,3 @@ class Trainer:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _demand_causal(model: torch.nn.Module, allow_leak: bool) -> None:
-    """Refuses to train a language model that sees what it is to predict."""
-    leaks = [name for name, m in model.named_modules() if isinstance(m, Component) and not m.causal]
-    if leaks and not allow_leak:
-        problem = f"{leaks[0]} is not causal, so the loss would mean nothing; set it to true to train anyway"
-        raise SpecError([f"model.allow_leak: {problem}"])

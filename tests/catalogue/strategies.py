@@ -161,7 +161,7 @@ def models(draw: Any) -> dict[str, Any]:
         spec["block"] = draw(blocks())
     else:
         spec["blocks"] = {"a": draw(blocks()), "b": draw(blocks())}
-        spec["pattern"] = draw(st.lists(st.sampled_from("ab"), min_size=1, max_size=3))
+        spec["pattern"] = draw(st.permutations("ab")) + draw(st.lists(st.sampled_from("ab"), max_size=1))
     if draw(st.integers(0, 2)) == 0:
         selectors = st.one_of(st.integers(-n_layers, n_layers - 1).map(str), st.sampled_from(["::2", "1:"]))
         spec["layers"] = draw(st.dictionaries(selectors, exceptions(), min_size=1, max_size=2))

@@ -143,6 +143,23 @@ def test_joined_streams_are_as_one(sizes: list[list[int]], length: int, data: st
     assert np.array_equal(joined.documents(places[:2, None]), whole.documents(places[:2, None]))
 
 
+class Uncounted(TokenSet):
+    """As raw shards, of which a count of documents reads all."""
+
+    @property
+    def n_documents(self) -> int:
+        raise AssertionError("counted")
+
+
+def test_joining_counts_no_documents() -> None:
+    parts = [Uncounted(part.tokens, part.starts, part.n_bytes) for part in streams([[5, 4], [3]])]
+    joined = Joined(parts)
+    assert Windows(joined, 4, document_mask=True).gather(np.arange(3)).n_targets == 11
+    assert len(joined) == 12 and joined.fingerprint
+    with pytest.raises(AssertionError, match="counted"):
+        joined.documents(np.arange(3))
+
+
 def test_windows_of_joined_streams() -> None:
     joined = Joined(streams([[5, 4], [3]]))
     batch = Windows(joined, 4).gather(np.arange(3)).to("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekit.data.dataset import load_data
-from sparsekit.data.shard_sources import RawShards, Shards
+from sparsekit.data.shard_sources import COUNTS, SAMPLE_BYTES, SAMPLES, RawShards, Shards
 from sparsekit.data.shards import ShardWriter, npy_header, open_shards, read_manifest, verify_shards
 from sparsekit.data.token_set import Tokens, TokenSet
 from sparsekit.data.tokenize import tokenize
@@ -223,6 +224,81 @@ def test_raw_shards_hold_the_same_stream(text_job: Any, tmp_path: Path) -> None:
     assert "has tokens and no text" in error_of(lambda: list(source.documents("train")))
 
 
+def raw_stream(path: Path) -> Any:
+    """Of raw files of bytes."""
+    source = RawShards(RawShards.Params(path=str(path), validation_path=str(path), eos_id=EOS))
+    return source.streams("validation", ByteTokenizer(ByteTokenizer.Params()))[0][0]
+
+
+def test_ten_billion_raw_tokens_are_told_apart_at_once(tmp_path: Path) -> None:
+    path, n_tokens = tmp_path / "a.bin", 10_000_000_000
+    with path.open("wb") as file:
+        file.truncate(2 * n_tokens)
+        file.seek(2 * n_tokens - 2)
+        file.write(np.array([EOS], "<u2").tobytes())
+    began = time.perf_counter()
+    stream = raw_stream(path)
+    assert len(stream) == n_tokens and len(stream.fingerprint) == 64
+    assert time.perf_counter() - began < 0.5  # 1 ms where nobody else works
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw file of which a fingerprint reads a tenth."""
+    path = tmp_path_factory.mktemp("raw") / "a.bin"
+    tokens = np.random.default_rng(0).integers(0, 256, 5 * SAMPLES * SAMPLE_BYTES // 1000 * 1000).astype("<u2")
+    tokens[999::1000] = EOS
+    tokens.tofile(path)
+    return path
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_raw_files_that_were_changed_have_another_fingerprint(data: Any, large: Path) -> None:
+    content = large.read_bytes()
+    n = len(content)
+    reach = n // (SAMPLES - 1)
+    begin = data.draw(st.one_of(st.integers(0, n - reach), st.sampled_from([0, n - 4])), "begin")
+    end = min(begin + reach, n - 2) if begin < n - 4 else n - 3  # the last token must stay an end of text
+    changed = bytearray(content)
+    changed[begin:end] = bytes(byte ^ 1 for byte in content[begin:end])
+    path = large.with_name("changed.bin")
+    path.write_bytes(changed)
+    assert raw_stream(path).fingerprint != raw_stream(large).fingerprint
+    path.write_bytes(content)
+    assert raw_stream(path).fingerprint == raw_stream(large).fingerprint, "a copy"
+    path.write_bytes(content[: -2 * data.draw(st.sampled_from([1000, 2000, n // 4000 * 1000]))])
+    assert raw_stream(path).fingerprint != raw_stream(large).fingerprint, "cut"
+
+
+def test_the_bytes_of_raw_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["some", "text ü", ""]
+    path = tmp_path / "a.bin"
+    ids = [i for text in texts for i in [*text.encode(), EOS]]
+    np.array(ids, "<u2").tofile(path)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert raw_stream(path).n_bytes == n_bytes
+    asked: list[Any] = []
+    real = ByteTokenizer.decode
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: asked.append(ids) or real(self, ids))
+
+    def counted() -> int:
+        asked.clear()
+        assert raw_stream(path).n_bytes == n_bytes
+        return len(asked)
+
+    assert counted() == 0
+    os.utime(path, ns=(0, 0))
+    assert (counted(), counted()) == (3, 0)
+    for spoilt in ("{", "[]", "3", "{}"):
+        (tmp_path / COUNTS).write_text(spoilt)
+        assert (counted(), counted()) == (3, 0)
+    (tmp_path / COUNTS).unlink()
+    (tmp_path / COUNTS).mkdir()  # where nothing can be written
+    assert (counted(), counted()) == (3, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [COUNTS, "a.bin"]
+
+
 # ---- what can be wrong ----
 
 MEND = "tokenize it anew, or restore the file"
@@ -269,6 +345,13 @@ def test_what_is_no_folder_of_shards(folder: Path, tmp_path: Path) -> None:
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**told, "format": 2}))
     assert "is of format 2, and this version of sparsekit reads 1" in error_of(lambda: read_manifest(folder))
+    for spoilt in (
+        {"layout": "npz"}, {"dtype": "int8"}, {"eos_id": "0"}, {"splits": {"train": 3}}, {"splits": {"train": {}}},
+        {"splits": {"train": {**told["splits"]["train"], "shards": [{"n_tokens": 6, "files": []}]}}},
+        {"splits": {"train": {**told["splits"]["train"], "shards": [{"n_tokens": 6, "files": [3, 4]}]}}},
+    ):  # fmt: skip
+        manifest.write_text(json.dumps({**told, **spoilt}))
+        assert error_of(lambda: read_manifest(folder)) == f"{manifest}: is damaged; {MEND}"
     manifest.write_text("[]")
     assert "is no manifest of shards" in error_of(lambda: read_manifest(folder))
     manifest.write_text("{")
@@ -278,6 +361,39 @@ def test_what_is_no_folder_of_shards(folder: Path, tmp_path: Path) -> None:
     assert error_of(lambda: read_manifest(folder)) == (
         f"{folder}: is not finished; run the same sparsekit tokenize again to go on"
     )
+
+
+def test_a_shard_whose_content_was_spoilt(text_job: Any) -> None:
+    """As far as that can be seen when it is read: an id that there is not."""
+    out, _ = text_job("byte", shard_tokens=50)
+    source, byte = Shards(Shards.Params(path=str(out))), ByteTokenizer(ByteTokenizer.Params())
+    path = sorted(out.glob("train-*[0-9].npy"))[1]
+    content = bytearray(path.read_bytes())
+    content[-3] = 0xFF
+    path.write_bytes(content)
+    stream = source.streams("train", byte)[0][0]
+    first = np.load(sorted(out.glob("train-*[0-9].npy"))[0]).size
+    assert stream.rows(np.array([0]), 3).shape == (1, 3)
+    highest = int(np.load(path).max())
+    assert highest >= 257
+    assert error_of(lambda: stream.rows(np.array([0, first]), np.load(path).size)) == (
+        f"{path}: it or the file after it holds token {highest}, and the tokenizer has 257; "
+        f"restore what sparsekit tokenize --verify {out} names"
+    )
+
+
+def test_a_folder_without_text_to_validate_on(text_job: Any) -> None:
+    out, _ = text_job("byte")
+    told = read_manifest(out)
+    byte = ByteTokenizer(ByteTokenizer.Params())
+    source = Shards(Shards.Params(path=str(out)))
+    del told["splits"]["validation"]
+    (out / "manifest.json").write_text(json.dumps(told))
+    assert error_of(lambda: source.streams("validation", byte)) == (
+        f"{out}: holds no validation tokens; make some with sparsekit tokenize --validation or --validation-fraction"
+    )
+    (out / "manifest.json").write_text(json.dumps({**told, "tokenizer": {}}))
+    assert error_of(lambda: source.streams("train", byte)) == f"{out}/manifest.json: is damaged; {MEND}"
 
 
 @pytest.mark.parametrize(

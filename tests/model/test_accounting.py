@@ -7,10 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekit.components.contracts import ForwardContext
-from sparsekit.model.accounting import describe
+from sparsekit.errors import SpecError
+from sparsekit.model.accounting import activation_bytes, describe
 from sparsekit.model.build import build_model
 from sparsekit.model.generate import KVCache
 from sparsekit.spec.load import load_spec
+from sparsekit.training.recompute import recompute
 
 VOCABULARY = 50304
 
@@ -128,3 +130,57 @@ def test_memory_and_tokens_of_a_run(tiny):
     assert describe(load_spec({"model": model, "train": {"max_tokens": 999}})).tokens == 999
     shorter = describe(load_spec({"model": model, "data": {"seq_len": 16}}))
     assert (shorter.seq_len, shorter.flops_per_token < run.flops_per_token) == (16, True)
+
+
+@pytest.mark.parametrize("which", ["full", 2, 3, "none"])
+def test_recomputed_layers_keep_their_input_alone(tiny, which):
+    """As training wraps them."""
+    raw = {"model": tiny(n_layers=3, vocab_size=257), "parallel": {"activation_checkpoint": which}}
+    trained = build_model(raw["model"], device="meta")
+    recompute(trained, which)
+    told = describe(load_spec(raw)).activation_bytes
+    assert told == activation_bytes(trained, 8, 32)
+    whole = describe(load_spec(raw["model"])).activation_bytes
+    n_recomputed = {"full": 3, 2: 1, 3: 1, "none": 0}[which]
+    assert (told < whole) == (n_recomputed > 0)
+    one = (whole - describe(load_spec({**raw["model"], "n_layers": 2})).activation_bytes) - 4 * 8 * 32 * 32
+    assert told == pytest.approx(whole - n_recomputed * one, rel=0.02), "a layer, but for its input"
+
+
+def test_layouts_by_hand(tiny, moe):
+    """Two layers with mixtures of 4 experts: embedding and head 257 x 32, attention 32 x (32 + 16 + 16 + 32)."""
+    raw = {"model": tiny(vocab_size=257, ffn=moe())}
+
+    def parameters(**parallel):
+        told = describe(load_spec({**raw, "parallel": parallel}))
+        assert told.gradient_bytes == told.weight_bytes == told.optimizer_bytes // 2 == told.training_bytes // 4
+        return told.processes, told.weight_bytes // 4
+
+    table, norms, router, attention, experts = (
+        2 * 257 * 32,
+        (2 * 2 + 1) * 32,
+        2 * 4 * 32,
+        2 * 96 * 32,
+        2 * 4 * 3 * 24 * 32,
+    )
+    assert parameters() == parameters(data="ddp") == (1, table + norms + router + attention + experts)
+    assert parameters(tensor=2) == (2, table + norms + router + attention // 2 + experts // 2)
+    assert parameters(expert=4, data="ddp") == (4, table + norms + router + attention + experts // 4)
+    sharded = 2 * 65 * 32 + (norms + router + attention) // 4
+    assert parameters(expert=4) == (4, sharded + experts // 4)
+    assert parameters(expert=4, tensor=2) == (8, sharded - attention // 8 + experts // 8)
+
+
+def test_layouts_that_cannot_be(tiny, moe):
+    def line(ffn, **parallel):
+        with pytest.raises(SpecError) as told:
+            describe(load_spec({"model": tiny(vocab_size=257, ffn=ffn), "parallel": parallel}))
+        (problem,) = told.value.problems
+        return problem
+
+    assert line(moe(), tensor=3).startswith("parallel.tensor: 3 processes cannot share layers.0.attention: ")
+    assert line(moe(), expert=3) == (
+        "parallel.expert: 3 processes cannot share layers.0.ffn: n_experts (4) cannot be divided by 3"
+    )
+    dense = {"type": "swiglu", "d_ff": 48}
+    assert line(dense, expert=2) == "parallel.expert: the model has no experts to divide; leave it at 1"

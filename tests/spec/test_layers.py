@@ -37,7 +37,12 @@ def norms(**layers):
     ],
 )
 def test_patterns_repeat_over_the_depth(pattern, wanted):
-    assert ffns(model(blocks={"dense": DENSE, "moe": SPARSE}, pattern=pattern)) == wanted
+    blocks = {name: {"dense": DENSE, "moe": SPARSE}[name] for name in pattern}
+    assert ffns(model(blocks=blocks, pattern=pattern)) == wanted
+
+
+def test_null_takes_a_block_back():
+    assert ffns(model(blocks={"dense": DENSE, "moe": None}, pattern=["dense"])) == ["swiglu"] * 6
 
 
 def test_one_named_block_needs_no_pattern():

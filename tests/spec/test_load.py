@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sparsekit.errors import SpecError
-from sparsekit.spec.load import dump, fingerprint, load_spec, read_json, read_raw, validate, with_packages
+from sparsekit.spec.load import dump, fingerprint, load_spec, may_change, read_json, read_raw, validate, with_packages
 
 
 @pytest.fixture
@@ -120,6 +120,39 @@ def test_the_shorthand_below_and_above(raw, write):
     assert changed.model.block.norm.dump().items() >= {"type": "layernorm", "eps": 0.5, "bias": True}.items()
 
 
+def test_a_slot_that_names_no_type_is_of_its_default_one(raw, write):
+    """So another type takes its place whole, and the same one what it says."""
+    raw["train"] = {"optimizer": {"lr": 0.5, "betas": [0.5, 0.5]}}
+    raw["model"]["block"]["attention"]["position"] = {"theta": 77}
+    write("base.json", raw)
+    write("model.json", raw["model"])
+    position = {"block": {"attention": {"position": {"type": "learned"}}}}
+    cases = [
+        {"extends": "base.json", "train": {"optimizer": {"type": "sgd"}}, "model": position},
+        {"extends": "base.json", "train": {"optimizer": "sgd"}, "model": {"extends": "model.json", **position}},
+        {"extends": "base.json", "train": {"optimizer": "sgd", "seed": 3}, "model": position},
+    ]
+    for case in cases:
+        spec = load_spec(write("child.json", case))
+        assert (spec.train.optimizer.type, spec.train.optimizer.params.lr) == ("sgd", 0.1)
+        assert spec.model.block.attention.params.position.type == "learned"
+    for same in ("adamw", {"type": "adamw"}, {"betas": [0.9, 0.9]}):
+        spec = load_spec(write("child.json", {"extends": "base.json", "train": {"optimizer": same}}))
+        assert (spec.train.optimizer.type, spec.train.optimizer.params.lr) == ("adamw", 0.5)
+    bare = load_spec(write("child.json", {"extends": "model.json", **position}))
+    assert bare.model.block.attention.params.position.type == "learned"
+    for text in ("train.optimizer=sgd", "train.optimizer.type=sgd", 'train.optimizer={"type": "sgd"}'):
+        assert load_spec(raw, [text]).train.optimizer.params.lr == 0.1
+    for text in ("train.optimizer=adamw", "train.optimizer.type=adamw", 'train.optimizer={"eps": 1e-6}'):
+        assert load_spec(raw, [text]).train.optimizer.params.lr == 0.5
+
+
+def test_what_a_slot_in_a_list_is_merged_over_has_no_default(raw):
+    raw["train"] = {"callbacks": [{"prompt": "x"}]}
+    with pytest.raises(SpecError, match="train.callbacks.0: expected the name of a registered callback"):
+        load_spec(raw, ["train.callbacks.0.top_k=3"])
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -199,6 +232,18 @@ def test_overrides_are_typed_by_the_schema(raw, text, path, wanted):
     assert type(got) is type(wanted)
 
 
+def test_a_slot_that_is_set_with_its_type_is_set_whole(raw, tmp_path):
+    raw["data"] = {"tokenizer": {"type": "bpe", "vocab_size": 300}}
+    raw["train"] = {"callbacks": [{"type": "sample", "top_k": 5}]}
+    own = tmp_path / "tokenizer.json"
+    assert load_spec(raw, [f'data.tokenizer={{"type": "bpe", "path": "{own}"}}']).data.tokenizer.params.path == str(own)
+    sample = load_spec(raw, ['train.callbacks.0={"type": "sample", "prompt": "x"}']).train.callbacks[0]
+    assert (sample.params.prompt, sample.params.top_k) == ("x", type(sample.params)().top_k)
+    assert load_spec(raw, ["train.callbacks.0=sample"]).train.callbacks[0].params.top_k == 5
+    keep = load_spec({**raw, "train": {"keep": {"every": 5}}}, ['train.keep={"last": 7}']).train.keep
+    assert (keep.last, keep.every) == (7, 5)
+
+
 def test_through_a_shorthand(raw):
     raw["model"]["block"]["norm"] = "layernorm"
     spec = load_spec(raw, ["model.block.norm.bias=false"])
@@ -254,6 +299,27 @@ def test_overrides_that_do_not_fit(raw, problems, text, line):
     assert told.startswith(line)
 
 
+# --- what a resumed run may change
+
+
+@pytest.mark.parametrize("path", [
+    "name", "packages.some", "parallel.data", "train.callbacks", "train.keep.last", "train.compile",
+    "train.objective.chunk_tokens", "model.block.attention.kernel.type", "model.layers.-1.attention.kernel",
+    "model.blocks.a.ffn.dispatch",
+])  # fmt: skip
+def test_free_paths(path):
+    assert may_change(path)
+
+
+@pytest.mark.parametrize("path", [
+    "train.seed", "train.precision", "train.micro_batch_size", "train.objective.z_loss", "train.objective.type",
+    "train.compiler", "model.block.attention.n_heads", "model.blocks.kernel.ffn.d_ff", "model.blocks.dispatch.ffn.d_ff",
+    "data.seq_len", "data.streaming.workers",
+])  # fmt: skip
+def test_paths_that_are_not_free(path):
+    assert not may_change(path)
+
+
 # --- identity
 
 
@@ -290,6 +356,29 @@ def test_packages(raw, problems):
     raw["packages"] = {"sparsekit-no-such": "1.2"}
     assert load_spec(raw).packages == raw["packages"], "a package that is not needed is not asked for"
     raw["model"]["block"]["ffn"] = "no_such_ffn"
-    assert problems(raw)[-1] == (
-        "packages: made with sparsekit-no-such 1.2, which is not installed: pip install sparsekit-no-such"
-    )
+    missing = "packages: made with sparsekit-no-such 1.2, which is not installed; install that package"
+    assert problems(raw) == [missing], "nothing of the name that it would bring"
+    raw["model"]["d_model"] = -1
+    assert problems(raw) == [missing, "model.d_model: expected greater than 0, got -1"]
+
+
+def test_a_file_that_extends_a_missing_one(tmp_path, raw, problems):
+    (tmp_path / "base.json").write_text(json.dumps({"model": {"extends": "tyni.json"}}))
+    (tmp_path / "tiny.json").write_text(json.dumps(raw["model"]))
+    (tmp_path / "tyni.txt").write_text("")
+    asking = tmp_path / "basic.json"
+    asking.write_text(json.dumps({"extends": "base.json"}))
+    missing = tmp_path / "tyni.json"
+    line = f"{tmp_path / 'base.json'}: model.extends: {missing}: no such file (did you mean 'tiny.json'?)"
+    assert problems(asking) == [line]
+    asking.write_text(json.dumps({"extends": "basics.json"}))
+    (tmp_path / "base.json").unlink()
+    assert problems(asking) == [f"{asking}: extends: {tmp_path / 'basics.json'}: no such file"], "and not itself"
+
+
+def test_a_value_that_begins_as_json_and_is_none(raw, problems):
+    told = "the value is not JSON: Expecting property name enclosed in double quotes at its character 2"
+    for path in ("model.block.attention", "data.streaming"):
+        assert problems(raw, [f"{path}={{bad json"]) == [f"--set {path}={{bad json: {told}"]
+    assert load_spec(raw, ["name=[draft"]).name == "[draft", "a string may begin so"
+    assert problems(raw, ["model.nowhere={x"])[0].startswith("model: unknown key 'nowhere'")

@@ -82,6 +82,14 @@ ONE_MISTAKE = [
         {**MOE, "router": {"type": "top_k", "k": 1, "z": 1}},
         "model.block.ffn.router: unknown key 'z'; keys: …",
     ),
+    ("model.block.attention.typ", "gqa", "model.block.attention: unknown key 'typ' (did you mean 'type'?); keys: …"),
+    ("allow_leak", False, "spec: unknown key 'allow_leak' (did you mean 'model.allow_leak'?); keys: …"),
+    ("max_steps", 3, "spec: unknown key 'max_steps' (did you mean 'train.max_steps'?); keys: …"),
+    (
+        "train.checkpoint_every",
+        0,
+        "train.checkpoint_every: expected a number of steps, 'auto' or null, got 0",
+    ),
     ("train.keep", {"lst": 2}, "train.keep: unknown key 'lst' (did you mean 'last'?); keys: …"),
     # values
     ("model.d_model", "32", 'model.d_model: expected a valid integer, got "32"'),
@@ -227,6 +235,9 @@ def test_block_or_blocks(raw, problems, tiny):
     assert problems(put(two, "model.pattern", ["a", "c", "d"])) == [
         "model.pattern.1: unknown block 'c'; blocks: a, b",
         "model.pattern.2: unknown block 'd'; blocks: a, b",
+    ]
+    assert problems(put(two, "model.pattern", ["a", "a"])) == [
+        "model.blocks.b: no layer uses it; name it in 'pattern', or set it to null"
     ]
     wrong = put(two, "model.blocks.b.attention", {"type": "gqa", "n_heads": 4, "n_kv_heads": 3})
     assert problems(put(wrong, "model.pattern", ["a", "b"])) == [

@@ -89,7 +89,7 @@ def models(draw: Any) -> dict[str, Any]:
         spec["block"] = draw(BLOCKS)
     else:
         spec["blocks"] = {"a": draw(BLOCKS), "b": draw(BLOCKS)}
-        spec["pattern"] = draw(st.lists(st.sampled_from("ab"), min_size=1, max_size=3))
+        spec["pattern"] = draw(st.permutations("ab")) + draw(st.lists(st.sampled_from("ab"), max_size=1))
     selectors = st.one_of(st.integers(-n_layers, n_layers - 1).map(str), st.sampled_from(["::2", "1:", ":-1"]))
     spec["layers"] = draw(st.dictionaries(selectors, PARTS, max_size=2))
     optional = {

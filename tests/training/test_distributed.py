@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from test_resume import assert_same_run, rows, tensors
 
 from sparsekit.errors import DataError
 from sparsekit.files import verify
+from sparsekit.model.accounting import describe
 from sparsekit.model.targets import Run
 from sparsekit.spec.load import validate
 from sparsekit.training.run import train
@@ -157,6 +159,68 @@ def test_a_rank_that_dies(pair: dict[str, Any], tmp_path: Path) -> None:
             verify(folder)
 
 
+def dies_early() -> None:
+    from sparsekit.training import distributed
+
+    distributed.JOINING = timedelta(seconds=3)
+    only(1, lambda: os._exit(7))
+
+
+def test_a_rank_that_dies_before_it_has_joined(pair: dict[str, Any], tmp_path: Path) -> None:
+    """Without torchrun nobody would tell the others."""
+    crew = start(pair, tmp_path / "run", 2, dies_early)
+    assert crew.wait(30) == [1, 7]
+    assert re.fullmatch(
+        r"error: rank 0: the 2 processes of this run have not come together \(.*1/2 clients joined\.\); "
+        "see what the others wrote, and start all again\n",
+        crew.told[0],
+    ), crew.told
+
+
+def nowhere() -> None:
+    del os.environ["MASTER_ADDR"]
+
+
+def test_an_environment_that_does_not_say_where_to_meet(pair: dict[str, Any], tmp_path: Path) -> None:
+    crew = start(pair, tmp_path / "run", 2, nowhere)
+    assert crew.wait(30) == [2, 2]
+    for told in crew.told:
+        assert told.startswith("error: ") and "MASTER_ADDR expected, but not set; start with torchrun, or set " in told
+        assert told.count("\n") == 1
+
+
+def weigh(path: Path) -> None:
+    """Notes down how many bytes of weights and of optimizer state a rank holds when it has trained."""
+    from sparsekit.training import trainer
+    from sparsekit.training.gradients import local
+
+    real = trainer.Trainer.fit
+
+    def fit(self: Any) -> None:
+        real(self)
+        parameters = list(self.model.parameters())
+        moments = [s for p in parameters for s in self.optimizer.state[p].values() if s.ndim]
+        told = [sum(local(tensor).nbytes for tensor in tensors) for tensors in (parameters, moments)]
+        path.with_suffix(f".{self.world.rank}").write_text(json.dumps(told))
+
+    trainer.Trainer.fit = fit
+
+
+@pytest.mark.parametrize(
+    ("parallel", "n"), [({"tensor": 2}, 2), ({"expert": 2}, 2), ({"expert": 2, "data": "ddp"}, 2)], ids=str
+)
+def test_describe_tells_what_a_process_holds(
+    pair: dict[str, Any], tmp_path: Path, parallel: dict[str, Any], n: int
+) -> None:
+    pair["parallel"] = parallel
+    pair["train"] |= {"max_steps": 1, "eval_tokens": 16, "checkpoint_every": None}
+    told = describe(validate(pair))
+    assert told.processes == n
+    finished(pair, tmp_path / "run", n, partial(weigh, tmp_path / "bytes"))
+    held = [json.loads((tmp_path / f"bytes.{rank}").read_text()) for rank in range(n)]
+    assert [told.weight_bytes, told.optimizer_bytes] == [max(sizes) for sizes in zip(*held, strict=True)]
+
+
 def small_files(begin: int, end: int) -> None:
     """A disk with no room left while steps begin … end - 1 are taken."""
     from sparsekit.training import trainer
@@ -166,6 +230,7 @@ def small_files(begin: int, end: int) -> None:
     def step(self: Any, *arguments: Any, **more: Any) -> Any:
         told = real(self, *arguments, **more)
         if self.progress.step == begin:
+            wait_for_save(self)
             limit_files(12000)
         if self.progress.step == end:
             wait_for_save(self)

@@ -21,7 +21,7 @@ from test_resume import assert_same_run, tensors
 
 from sparsekit.errors import CheckpointError, SparsekitError
 from sparsekit.files import MANIFEST, verify
-from sparsekit.model.targets import Run, load_model
+from sparsekit.model.targets import Run, load_model, resolve
 from sparsekit.model.weights import WEIGHTS
 from sparsekit.registry import registry
 from sparsekit.spec.load import validate
@@ -43,6 +43,7 @@ class SmallFiles(Callback):
     def on_gradients(self, trainer: Trainer) -> None:
         step = trainer.progress.step + 1
         if step == self.params.begin:
+            wait_for_save(trainer)
             limit_files(self.params.n_bytes)
         if step == self.params.end:
             wait_for_save(trainer)
@@ -113,11 +114,26 @@ def test_no_room_for_a_row(saving: dict[str, Any], tmp_path: Path) -> None:
         train(validate(with_small_files(saving, 1000, 8)), out=tmp_path / "part")
     limit_files(None)
     assert str(told.value) == (
-        f"{tmp_path / 'part'}: cannot be written (File too large); make room or give another --out; "
-        "what was saved is whole, and training goes on from there"
+        f"{tmp_path / 'part'}: cannot be written (File too large); make room and run the same command again, "
+        "or give another --out; what was saved is whole"
     )
     assert steps(Run(tmp_path / "part")) == [3, 6]
     assert_same_run(whole, train(validate(saving), out=tmp_path / "part"))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_no_room_for_tensorboard_costs_that_alone(
+    saving: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whose own thread would print a trace."""
+    whole = train(validate(saving), out=tmp_path / "whole")
+    raw = with_small_files(saving, 20000, 4, 6)
+    raw["train"]["callbacks"].append({"type": "tensorboard", "histograms": ["weights"], "histograms_every": 1})
+    part = train(validate(raw), out=tmp_path / "part")
+    assert capfd.readouterr().err == (
+        f"warning: {part.folder}/tb: cannot be written (File too large); going on without it\n"
+    )
+    assert_same_run(whole, part)
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "random.safetensors", "state.json", "weights"])
@@ -151,6 +167,8 @@ def test_a_file_where_a_folder_should_be(saving: dict[str, Any], tmp_path: Path,
     blocked = {"run": out, "parent": out.parent, "checkpoints": out / "checkpoints"}[where]
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.write_text("in the way")
+    if where == "checkpoints":
+        (out / "spec.json").write_text("{}")  # without it the folder is no run's
     with pytest.raises(SparsekitError) as told:
         train(validate(saving), out=out)
     line = str(told.value)
@@ -159,8 +177,14 @@ def test_a_file_where_a_folder_should_be(saving: dict[str, Any], tmp_path: Path,
         assert line.endswith("; no checkpoint was saved before")
     else:
         assert line.startswith(f"{out}: cannot be written (") and str(blocked) in line
+        assert line.endswith("); give another --out")
     assert "\n" not in line
     assert blocked.read_text() == "in the way"
+
+
+def test_a_folder_that_cannot_be_made(saving: dict[str, Any]) -> None:
+    with pytest.raises(SparsekitError, match=r"^/proc/nowhere/run: cannot be written \(No such file or directory"):
+        train(validate(saving), out="/proc/nowhere/run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -239,7 +263,7 @@ def test_a_damaged_file_is_named_and_an_earlier_checkpoint_taken(
     else:
         path.unlink()
     blamed = newest if file == MANIFEST and damage == "a bit" else path
-    for attempt in (lambda: load_model(run), lambda: train(validate(raw), out=tmp_path / "b", resume=str(newest))):
+    for attempt in (lambda: load_model(newest), lambda: train(validate(raw), out=tmp_path / "b", resume=str(newest))):
         with pytest.raises(CheckpointError) as told:
             attempt()
         assert str(told.value).startswith(str(blamed)) and "\n" not in str(told.value)
@@ -250,7 +274,7 @@ def test_a_damaged_file_is_named_and_an_earlier_checkpoint_taken(
     assert resumed.metrics[-1]["step"] == 5
     assert [path.name for path in resumed.checkpoints] == ["step-00000004", "step-00000005"]
     verify(resumed.checkpoints[0])  # written anew
-    assert (newest.parent / "past-step-00000004").is_dir()  # nothing is thrown away
+    assert not list(newest.parent.glob("past-*"))  # overtaken
 
 
 def test_any_bit_of_the_manifest(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -281,9 +305,49 @@ def test_nothing_whole_is_an_error(kept: tuple[dict[str, Any], Path], tmp_path: 
     run = copied(kept, tmp_path)
     for folder in run.checkpoints:
         (folder / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"step-00000004/state.json: has 2 bytes where \d+ were written"):
-        train(validate(kept[0]), out=run.folder)
+    reason = r"step-00000004/state.json: has 2 bytes where \d+ were written"
+    line = rf"^{run.folder}: none of its checkpoints is whole \({run.folder}/checkpoints/{reason}\); "
+    for attempt in (lambda: train(validate(kept[0]), out=run.folder), lambda: load_model(run)):
+        with pytest.raises(CheckpointError, match=f"{line}start over with --resume never$"):
+            attempt()
     assert steps(run) == [2, 4]
+
+
+def test_the_newest_whole_checkpoint_is_what_a_run_stands_for(
+    kept: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(kept, tmp_path)
+    older, newer = run.checkpoints
+    assert resolve(run, weights=True).checkpoint == newer
+    (newer / "state.json").write_text("{}")
+    assert resolve(run, weights=True).checkpoint == older
+    told = capsys.readouterr().err
+    assert told.startswith(f"{newer}/state.json: has 2 bytes") and told.endswith(f"; taking {older}\n")
+    wanted, found = load_model(older).state_dict(), load_model(run).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_folder_of_other_things_is_left_alone(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    out = tmp_path / "texts"
+    out.mkdir()
+    (out / "train.log").write_text("begun\n")  # as a shell writes it
+    for name in ("notes.txt", "tokenizer.json"):
+        (out / name).write_text("mine")
+    for resume in ("auto", "never"):
+        with pytest.raises(CheckpointError) as told:
+            train(validate(kept[0]), out=out, resume=resume)
+        assert str(told.value) == f"{out}: holds notes.txt and no run; give another --out"
+    assert {path.name: path.read_text() for path in out.iterdir()} == {
+        "train.log": "begun\n", "notes.txt": "mine", "tokenizer.json": "mine",
+    }  # fmt: skip
+    (out / "notes.txt").unlink()
+    assert steps(train(validate(kept[0]), out=out)) == [2, 4]
+
+    checkpoint = copied(kept, tmp_path).checkpoints[-1]
+    before = sorted(checkpoint.rglob("*"))
+    with pytest.raises(CheckpointError, match="is a checkpoint, not a run's folder; give another --out"):
+        train(validate(kept[0]), out=checkpoint)
+    assert sorted(checkpoint.rglob("*")) == before
 
 
 def test_a_damaged_checkpoint_does_not_drive_out_whole_ones(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -295,6 +359,33 @@ def test_a_damaged_checkpoint_does_not_drive_out_whole_ones(kept: tuple[dict[str
     train(validate(raw), out=run.folder)
     assert steps(run) == [3]
     verify(run.checkpoints[0])
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo"ss": 1}', "[2]", '{"loss": 1.0}', "\x00"])
+def test_a_damaged_row(kept: tuple[dict[str, Any], Path], tmp_path: Path, line: str) -> None:
+    """But for the last one, which a kill cuts short."""
+    run = copied(kept, tmp_path)
+    path = run.folder / "metrics.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([rows[0], line, *rows[2:]]) + "\n")
+    raw = copy.deepcopy(kept[0])
+    raw["train"]["max_steps"] = 5
+    with pytest.raises(CheckpointError) as told:
+        train(validate(raw), out=run.folder)
+    assert str(told.value) == f"{path}:2: is damaged; mend the line, or remove it"
+    path.write_text("\n".join([*rows, line]))
+    assert [row["step"] for row in train(validate(raw), out=run.folder).metrics] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_no_checkpoint_of_ours_is_left_alone(kept: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    run = copied(kept, tmp_path)
+    names = ["step-x", "past-step-old", "step-", "notes.txt"]
+    for name in names:
+        (run.folder / "checkpoints" / name).write_text("mine")
+    raw = copy.deepcopy(kept[0])
+    raw["train"] |= {"max_steps": 6, "keep": {"last": 1, "best": False}}
+    assert steps(train(validate(raw), out=run.folder)) == [6]
+    assert all((run.folder / "checkpoints" / name).read_text() == "mine" for name in names)
 
 
 # Pickles
@@ -356,4 +447,4 @@ def test_tensors_that_were_added_are_refused(kept: tuple[dict[str, Any], Path], 
     folder = run.checkpoints[-1]
     shutil.copy(folder / MODEL, folder / WEIGHTS / "shard-00002-model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"shard-00002-\S+: was not written with the checkpoint; remove it"):
-        load_model(run)
+        load_model(folder)

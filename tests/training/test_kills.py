@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 from functools import partial
@@ -48,12 +49,12 @@ def at_rename(step: int, number: int) -> None:
     os.replace = replace
 
 
-def at_prune(step: int, number: int) -> None:
+def at_prune(name: str, number: int) -> None:
     """When a checkpoint that is not kept has been half removed."""
     real = shutil.rmtree
 
     def rmtree(path: Any, *rest: Any, **more: Any) -> None:
-        if Path(path).name == f".step-{step:08d}.tmp" and (Path(path) / MANIFEST).exists():
+        if Path(path).name == f".{name}.tmp" and (Path(path) / MANIFEST).exists():
             (Path(path) / MANIFEST).unlink()
             os.kill(os.getpid(), number)
         real(path, *rest, **more)
@@ -112,7 +113,7 @@ def told_by(crew: Crew, code: int) -> list[str]:
         (partial(at_seal, 6, signal.SIGKILL, False), [3]),
         (partial(at_seal, 6, signal.SIGKILL, True), [3, 6]),
         (partial(at_rename, 6, signal.SIGKILL), [3]),
-        (partial(at_prune, 3, signal.SIGKILL), [6, 9]),
+        (partial(at_prune, "step-00000003", signal.SIGKILL), [6, 9]),
     ],
     ids=["all written", "named", "about to be named", "removing an old one"],
 )
@@ -130,6 +131,57 @@ def test_a_kill_inside_a_save(saving: dict[str, Any], tmp_path: Path, moment: An
     assert leftovers(part) == []
     assert steps(part) == steps(whole)
     assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("moment", [
+    partial(at_seal, 9, signal.SIGKILL, False), partial(at_seal, 9, signal.SIGKILL, True),
+    partial(at_prune, "past-step-00000009", signal.SIGKILL),
+], ids=["before it is overtaken", "overtaken", "half removed"])  # fmt: skip
+def test_a_checkpoint_put_aside_stays_until_it_is_overtaken(
+    saving: dict[str, Any], tmp_path: Path, moment: Any
+) -> None:
+    whole = train(validate(saving), out=tmp_path / "whole")
+    part = Run(Path(shutil.copytree(whole.folder, tmp_path / "part")))
+    for folder in part.checkpoints[2:]:
+        (folder / "state.json").unlink()
+    lines = told_by(start(saving, part.folder, prepare=moment), -signal.SIGKILL)
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{part.folder}/checkpoints/step-{step:08d}/state.json" for step in (12, 9)
+    ]
+    assert all(line.endswith(f"; going on from {part.checkpoints[1]}") for line in lines)
+    aside = {path.name for path in (part.folder / "checkpoints").glob("past-*")}
+    assert aside == {"past-step-00000012"} | ({"past-step-00000009"} if moment.func is at_seal else set())
+    assert steps(part) == ([3, 6] if moment.args[-1] is False else [3, 6, 9])
+    for folder in part.checkpoints:
+        verify(folder)
+    assert told_by(start(saving, part.folder), 0) == []
+    assert sorted(path.name for path in (part.folder / "checkpoints").iterdir()) == [
+        path.name for path in whole.checkpoints
+    ]
+    assert_same_run(whole, part)
+
+
+def test_two_runs_in_one_folder(saving: dict[str, Any], tmp_path: Path) -> None:
+    """The second is refused at once, whatever it would do with the folder; a killed one is in nobody's way."""
+    saving["train"] |= {"max_steps": 4000, "checkpoint_every": 50}
+    run = Run(tmp_path / "run")
+    first = start(saving, run.folder)
+    first.until(lambda: bool(run.checkpoints))
+    other = tmp_path / "other"  # name of it
+    other.symlink_to(run.folder)
+    for resume in ("auto", "never", str(run.folder)):
+        (line,) = told_by(start(saving, other, arguments=("--resume", resume)), 2)
+        assert re.fullmatch(
+            f"error: {other}: process {first.processes[0].pid} on .+ is training into it; "
+            "wait for its end, or give another --out",
+            line,
+        )
+    assert not list(tmp_path.glob("*.old-*"))
+    first.send(signal.SIGKILL)
+    assert told_by(first, -signal.SIGKILL) == []
+    last = steps(run)[-1]
+    saving["train"]["max_steps"] = last
+    assert told_by(start(saving, run.folder), 0)[0].startswith(f"{run.folder}: already finished, at step {last}; ")
 
 
 def test_a_stop_before_the_first_step(saving: dict[str, Any], tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +20,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekit.errors import CheckpointError
-from sparsekit.files import MANIFEST, seal, verify, written_whole
+from sparsekit.errors import CheckpointError, SparsekitError
+from sparsekit.files import LOCK, MANIFEST, seal, sole, verify, written_whole
 from sparsekit.model.build import build_model
 from sparsekit.model.targets import Run, load_model, resolve
 from sparsekit.model.weights import WEIGHTS
@@ -104,6 +111,59 @@ def test_nothing_is_left_half_written(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    for _ in range(2):
+        with sole(folder):
+            told = (
+                f"{re.escape(str(folder))}: process {os.getpid()} on .+ is training into it; wait for its end, or give"
+            )
+            with pytest.raises(SparsekitError, match=told), sole(folder):
+                pass
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from sparsekit.files import sole
+with sole(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_holds_no_folder_though_a_child_of_it_lives(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(SparsekitError, match=f"process {holder.pid} on"), sole(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it is there
+        with sole(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_where_there_are_no_locks_a_run_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sole(tmp_path):
+        pass
+    line = f"warning: {tmp_path}: cannot be locked (No locks available); see that no other process trains into it\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_folder_is_held_against_its_manifest(tmp_path: Path) -> None:

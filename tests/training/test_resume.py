@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsekit import files
 from sparsekit import spec as specs
 from sparsekit.errors import CheckpointError
 from sparsekit.model.targets import Run
@@ -150,6 +151,18 @@ def test_free_fields_may_change(raw: dict[str, Any], tmp_path: Path) -> None:
     assert train(validate(raw), out=tmp_path / "run").metrics[-1]["step"] == 12
 
 
+def test_what_costs_memory_or_time_may_change(raw: dict[str, Any], tmp_path: Path) -> None:
+    """The same run but for the order in which numbers are added up."""
+    whole = train(validate(raw), out=tmp_path / "whole")
+    train(validate(with_stop(raw, 6)), out=tmp_path / "part")
+    raw["train"] |= {"objective": {"type": "next_token", "chunk_tokens": 7}, "deterministic": True}
+    raw["parallel"] = {"activation_checkpoint": "full"}
+    raw["model"]["block"]["attention"]["kernel"] = "eager"
+    raw["model"]["layers"]["1"]["ffn"]["dispatch"] = "loop"
+    part = train(validate(raw), out=tmp_path / "part")
+    assert [row["loss"] for row in part.metrics] == pytest.approx([row["loss"] for row in whole.metrics], rel=1e-5)
+
+
 def test_changed_text_is_refused(raw: dict[str, Any], tmp_path: Path, text: Path) -> None:
     train(validate(with_stop(raw, 4)), out=tmp_path / "run")
     (text / "train.txt").write_text((text / "train.txt").read_text() + " more")
@@ -166,6 +179,34 @@ def test_falls_back_to_the_newest_whole_checkpoint(raw: dict[str, Any], tmp_path
     resumed = train(validate(raw), out=tmp_path / "part")
     assert "going on from" in capsys.readouterr().err
     assert_same_run(whole, resumed)
+
+
+def test_a_resume_hashes_each_file_once(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = train(validate(with_stop(raw, 6)), out=tmp_path / "part")
+    (folder,) = part.checkpoints
+    hashed: list[Path] = []
+    real = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: hashed.append(path) or real(path))
+
+    def fit(trainer: Trainer) -> None:
+        raise RuntimeError("begun")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    for resume in ("auto", str(folder), str(part.folder)):
+        hashed.clear()
+        with pytest.raises(RuntimeError, match="begun"):
+            train(validate(raw), out=part.folder, resume=resume)
+        assert sorted(hashed) == sorted(p for p in folder.rglob("*") if p.is_file() and p.name != files.MANIFEST)
+
+
+def test_nothing_is_mixed_into_a_run(raw: dict[str, Any], tmp_path: Path) -> None:
+    one, two = (train(validate(with_stop(raw, step)), out=tmp_path / str(step)) for step in (4, 6))
+    with pytest.raises(CheckpointError) as told:
+        train(validate(raw), out=two.folder, resume=str(one.checkpoints[0]))
+    assert str(told.value) == (
+        f"{two.folder}: holds checkpoints of its own, which would be mixed with what begins at {one.checkpoints[0]}; "
+        "go on from them with --resume auto, or give another --out"
+    )
 
 
 def test_same_seed_same_run_and_another_seed_another(raw: dict[str, Any], tmp_path: Path) -> None:
