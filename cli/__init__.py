@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from sparsekit.errors import SparsekitError, SpecError, UnknownNameError
+from sparsekit.registry import OURSELVES, own_version
 
-from . import catalogue, data, models, probe, runs
+from . import catalogue, data, eval, interop, models, probe, runs
 
 app = typer.Typer(
     name="sparsekit",
@@ -19,12 +21,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{OURSELVES} {own_version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Prints the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(models.describe)
 app.command()(models.validate)
 app.command()(runs.train)
 app.command()(probe.probe)
 app.command()(runs.generate)
+app.command("eval")(eval.evaluate)
 app.command()(data.tokenize)
+app.command("import")(interop.import_)
+app.command()(interop.export)
 app.command("list")(catalogue.list_entries)
 app.command()(catalogue.show)
 app.command()(models.schema)

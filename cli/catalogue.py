@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from typing import Annotated, Any
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from sparsekit.errors import SparsekitError
-from sparsekit.registry import KINDS, Entry, registry
+from sparsekit.errors import SparsekitError, did_you_mean
+from sparsekit.registry import KINDS, Entry, Registry, registry
 
 from .options import Json
 
@@ -23,39 +24,52 @@ CHECK_SECONDS = 60
 def list_entries(
     kind: Annotated[str | None, typer.Argument(help="Only this kind.", show_default=False)] = None,
     as_json: Json = False,
-    check: Annotated[bool, typer.Option("--check", help="Imports every plug-in and says which fail.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Imports every plug-in, and says only which fail.")] = False,
 ) -> None:
     """Lists what a spec can name, with a line on each."""
     registries = [registry(kind)] if kind else [registry(each) for each in KINDS]
     entries = [entry for each in registries for entry in each.entries()]
+    if check:
+        _check(entries, [line for each in registries for line in each.collisions()])
+        return
     if as_json:
         keys = ("kind", "name", "summary", "source", "owner")
         print(json.dumps([{key: getattr(entry, key) for key in keys} for entry in entries], indent=2))
     else:
-        _print_table(entries)
-    problems = [line for each in registries for line in each.collisions()]
-    if check:
-        problems += [line for entry in entries if not entry.built_in for line in _import_problem(entry)]
-    for line in problems:
-        print(f"problem: {line}", file=sys.stderr)
-    if check and problems:
-        raise typer.Exit(1)
+        column = max((len(entry.name) for entry in entries), default=0) + 2
+        for each in registries:
+            _print_kind(each, column)
+        _tell([line for each in registries for line in each.collisions()])
 
 
-def _print_table(entries: list[Entry]) -> None:
+def _print_kind(kind: Registry, column: int) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
-    column = max((len(entry.name) for entry in entries), default=0) + 2
-    kind = None
-    for entry in entries:
-        if entry.kind != kind:
-            kind = entry.kind
-            print(f"\n{kind}")
+    print(f"\n{kind.kind}")
+    if not kind.names():
+        print("  (none yet)")
+    for entry in kind.entries():
         owner = "" if entry.built_in else f"[{entry.owner} {entry.version}] "
         text = f"{owner}{entry.summary}" + (f" ({entry.source})" if entry.source else "")
         lines = textwrap.wrap(text, max(40, width - column - 2)) or [""]
         print(f"  {entry.name:{column}}{lines[0]}")
         for line in lines[1:]:
             print(" " * (column + 2) + line)
+
+
+def _check(entries: list[Entry], problems: list[str]) -> None:
+    foreign = [entry for entry in entries if not entry.built_in]
+    problems = problems + [line for entry in foreign for line in _import_problem(entry)]
+    _tell(problems)
+    if problems:
+        raise typer.Exit(1)
+    n = len({entry.owner for entry in foreign})
+    packages = f"{n} package{'s' if n > 1 else ''}"
+    print(f"all {len(foreign)} entries of {packages} work" if foreign else "no plug-in is installed")
+
+
+def _tell(problems: list[str]) -> None:
+    for line in problems:
+        print(f"problem: {line}", file=sys.stderr)
 
 
 def _import_problem(entry: Entry) -> list[str]:
@@ -75,11 +89,22 @@ def _import_problem(entry: Entry) -> list[str]:
 
 
 def show(
-    kind: Annotated[str, typer.Argument(help="The kind, such as ffn.", show_default=False)],
-    name: Annotated[str, typer.Argument(help="The name, such as swiglu.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help="The kind, such as ffn; or a section of a spec, such as train.", show_default=False)
+    ],
+    name: Annotated[
+        str | None, typer.Argument(help="The name, such as swiglu; or a field of the section.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tells what an entry is and which parameters it takes."""
+    """Tells what an entry or a section of a spec is, and which parameters it takes."""
+    sections = _sections()
+    if kind in sections:
+        _show_section(kind, sections[kind], name, as_json)
+        return
+    if name is None:
+        known = f"give one of its names (sparsekit list {registry(kind).kind})"
+        raise SparsekitError(f"show {kind}: {known}, or a section of a spec: {', '.join(sections)}")
     entry = registry(kind).entry(name)
     cls = registry(kind).get(name)
     parameters = [_parameter(key, field) for key, field in cls.Params.model_fields.items()]
@@ -90,22 +115,58 @@ def show(
         return
     print(f"{kind} {name}, of {entry.owner} {entry.version} ({entry.target})\n")
     print(inspect.getdoc(cls) or "no description")
-    print("\nparameters" if parameters else "\nno parameters")
-    for each in parameters:
-        default = "required" if each["required"] else f"= {json.dumps(each['default'])}"
-        print(f"  {each['name']:16}{each['type']:32}{default}")
+    _print_parameters(parameters)
     if traits:
         print("\n" + "  ".join(f"{key}: {'yes' if value else 'no'}" for key, value in traits.items()))
 
 
+def _print_parameters(parameters: list[dict[str, Any]]) -> None:
+    print("\nparameters" if parameters else "\nno parameters")
+    names = max((len(each["name"]) + 2 for each in parameters), default=0)
+    kinds = max((len(each["type"]) + 2 for each in parameters), default=0)
+    for each in parameters:
+        default = "required" if each["required"] else f"= {json.dumps(each['default'])}"
+        print(f"  {each['name']:{max(16, names)}}{each['type']:{max(32, kinds)}}{default}")
+
+
+def _sections() -> dict[str, Any]:
+    """The parts of a spec by name: its own sections, and the objects within these."""
+    from sparsekit.spec.model import BlockSpec
+    from sparsekit.spec.run import RunSpec
+    from sparsekit.spec.typed import params_at
+
+    found: dict[str, Any] = {"run": RunSpec, "block": BlockSpec}
+    for name, section in RunSpec.model_fields.items():
+        if cls := params_at(section.annotation, None, None):
+            found[name] = cls
+            inner = {key: params_at(field.annotation, None, None) for key, field in cls.model_fields.items()}
+            found |= {key: params for key, params in inner.items() if params is not None}
+    return found
+
+
+def _show_section(section: str, cls: Any, field: str | None, as_json: bool) -> None:
+    if field is not None and field not in cls.model_fields:
+        near = did_you_mean(field, cls.model_fields)
+        raise SparsekitError(f"{section}: unknown field {field!r}{near}; fields: {', '.join(cls.model_fields)}")
+    names = cls.model_fields if field is None else [field]
+    parameters = [_parameter(name, cls.model_fields[name]) for name in names]
+    if as_json:
+        print(json.dumps({"section": section, "doc": inspect.getdoc(cls), "parameters": parameters}, indent=2))
+        return
+    print(f"{section}, a section of a spec\n\n{inspect.getdoc(cls)}")
+    _print_parameters(parameters)
+
+
 def _parameter(name: str, field: Any) -> dict[str, Any]:
-    from sparsekit.spec.slot import slot_of
+    from sparsekit.spec.slot import Params, slot_of
 
     slot = slot_of(field)
     optional = " or null" if field.default is None and not field.is_required() else ""
     text = f"slot {slot.kind}{optional}" if slot else _type_name(field.annotation)
     limits = ", ".join(_limit(mark) for mark in field.metadata if _limit(mark))
     default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if isinstance(default, Params):
+        default = default.model_dump(mode="json")
     return {
         "name": name,
         "type": f"{text} ({limits})" if limits else text,
@@ -120,16 +181,23 @@ def _limit(mark: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    text = str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
-    if text.startswith("Literal["):
-        return " | ".join(repr(value) for value in annotation.__args__)
-    return (
-        text.split("Annotated[")[-1].split(",")[0].rstrip("]") + (" | null" if "null" in text else "")
-        if "Annotated[" in text
-        else text
-    )
+    """A type in a line: ``int (> 0) | 'auto' | null``."""
+    from sparsekit.spec.slot import Slot
+
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = ", ".join(_limit(mark) for mark in parts[1:] if _limit(mark))
+        slot = next((f"slot {mark.kind}" for mark in parts[1:] if isinstance(mark, Slot)), None)
+        return slot or _type_name(parts[0]) + (f" ({limits})" if limits else "")
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in parts)
+    if origin is Literal:
+        return " | ".join(repr(value) for value in parts)
+    if origin in (list, dict, tuple):
+        return f"{origin.__name__} of {_type_name(parts[1] if origin is dict else parts[0])}"
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
 __all__ = ["SparsekitError", "list_entries", "show"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0  # between lines of progress where there is no terminal
 HUB = "hf:"
+# what a source's fields are called here
+OPTIONS = {
+    "data.source.field": "--text-field", "data.source.path": "SOURCE", "data.source.validation_path": "--validation",
+    "data.source.separator": "--separator", "data.tokenizer.path": "--tokenizer",
+    "data.tokenizer.eos_token": "--eos-token",
+}  # fmt: skip
 # which source reads a file, by the suffix of its name
 SUFFIXES = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
@@ -84,6 +92,7 @@ def tokenize(
         _tell(Path(source), verify_shards(Path(source)), as_json, "every file is what was written")
         return
     from sparsekit.data.tokenize import tokenize as tokenize_source
+    from sparsekit.files import writable
 
     if out is None:
         raise DataError("sparsekit tokenize: --out is missing; give a folder for the shards")
@@ -94,7 +103,7 @@ def tokenize(
     reader = _source(
         source, text_field, separator, config, split, validation=validation, validation_fraction=validation_fraction
     )
-    with _progress() as show:
+    with _progress() as show, writable(out), _in_words_of_options():
         manifest = tokenize_source(
             reader,
             _tokenizer(tokenizer, train_bpe, eos_token),
@@ -109,6 +118,15 @@ def tokenize(
 
 
 # ---- from options to slots ----
+
+
+@contextmanager
+def _in_words_of_options() -> Iterator[None]:
+    """A mistake told as this command's options have it, not as a spec's fields."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(re.sub(r"data\.\w+\.\w+", lambda found: OPTIONS.get(found[0], found[0]), str(error))) from None
 
 
 def _source(source: str, field: str, separator: str | None, config: str | None, split: str, **validation: Any) -> Any:
@@ -138,6 +156,9 @@ def _kind(source: str) -> str:
         names = sorted(bare_name(file) for file in path.glob("[!.]*") if file.is_file())
     kinds = sorted({SUFFIXES[Path(name).suffix] for name in names if Path(name).suffix in SUFFIXES})
     known = ", ".join(SUFFIXES)
+    if not path.exists() and not glob.has_magic(source):
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
+        raise DataError(f"{source}: no such file{near}; paths are relative to {Path.cwd()}")
     if not kinds:
         raise DataError(f"{source}: no file of a known suffix; known: {known}; or give hf:NAME, or embedded")
     if len(kinds) > 1:
@@ -238,6 +259,8 @@ def _every(seconds: float, show: Callable[[str], None]) -> Callable[[Progress], 
 def _line(progress: Progress) -> str:
     speed = progress.new_tokens / max(progress.seconds, 1e-9)
     text = f"{progress.documents:,} documents  {progress.tokens:,} tokens  {speed:,.0f} tokens/s"
+    if earlier := progress.tokens - progress.new_tokens:
+        text += f"  ({earlier:,} tokens were there)"
     return text + (f"  {progress.seconds:.1f} s" if progress.done else "")
 
 

@@ -13,31 +13,8 @@ def describe(target: Target, overrides: Overrides = [], as_json: Json = False) -
     from sparsekit.model.accounting import describe as describe_spec
     from sparsekit.model.targets import resolve
 
-    spec = resolve(target, overrides).spec
-    told = describe_spec(spec)
-    if as_json:
-        print(json.dumps(told.as_dict(), indent=2))
-        return
-    each = f", on each of {told.processes} processes" if told.processes > 1 else ""
-    rows = [
-        ("layers x d_model", f"{told.n_layers} x {told.d_model}"),
-        ("parameters", f"{told.parameters:,}"),
-        ("active parameters", f"{told.active_parameters:,} a token"),
-        ("forward FLOPs", f"{told.flops_per_token:.4g} a token at length {told.seq_len}"),
-        ("training FLOPs", f"{told.training_flops_per_token:.4g} a token"),
-        ("weights", _size(told.weight_bytes) + each),
-        ("training memory", _size(told.training_bytes) + f" for weights, gradients and optimizer{each}"),
-        ("activations", _size(told.activation_bytes) + f" a micro-batch in float32, on top{each}"),
-        ("cache", _size(told.cache_bytes_per_token) + " a token when generating"),
-    ]
-    if spec.parallel.data == "fsdp":
-        least = f"counted for {told.processes}, the fewest" if told.processes > 1 else "counted for one"
-        rows.append(("processes", f"{least}; more of them hold less of weights, gradients and optimizer each (fsdp)"))
-    if told.tokens is not None:
-        total = told.tokens * told.training_flops_per_token
-        rows.append(("training", f"{told.tokens:,} tokens, {total:.3g} FLOPs"))
-    for name, text in rows:
-        print(f"{name:18}{text}")
+    told = describe_spec(resolve(target, overrides).spec)
+    print(json.dumps(told.as_dict(), indent=2) if as_json else told)
 
 
 def validate(target: Target, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
@@ -63,11 +40,3 @@ def schema() -> None:
     from sparsekit.spec.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.4g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.4g} TiB"

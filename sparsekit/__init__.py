@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsekit.errors import SparsekitError
+    from sparsekit.interop.lm_eval import evaluate
     from sparsekit.model.accounting import describe
     from sparsekit.model.build import build_model
     from sparsekit.model.generate import generate
     from sparsekit.model.targets import Run, load_model
+    from sparsekit.model.text import generate_text
     from sparsekit.probes.runner import probe
     from sparsekit.registry import register
     from sparsekit.spec.load import fingerprint, load_spec
@@ -31,7 +33,9 @@ _HOMES = {
     "SparsekitError": "errors",
     "describe": "model.accounting",
     "build_model": "model.build",
+    "evaluate": "interop.lm_eval",
     "generate": "model.generate",
+    "generate_text": "model.text",
     "Run": "model.targets",
     "load_model": "model.targets",
     "probe": "probes.runner",
@@ -50,7 +54,8 @@ _HOMES = {
 
 __all__ = [
     "Choice", "ModelSpec", "Params", "Run", "RunSpec", "Slot", "SparsekitError", "build_model", "describe",
-    "fingerprint", "generate", "json_schema", "load_model", "load_spec", "pick", "probe", "register", "train",
+    "evaluate", "fingerprint", "generate", "generate_text", "json_schema", "load_model", "load_spec", "pick", "probe",
+    "register", "train",
 ]  # fmt: skip
 
 

@@ -122,6 +122,11 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "Pairs that turn often in the trained length stay, those that hardly do are divided by factor, the rest is mixed.",
             "Peng et al. 2023, arXiv 2309.00071, def. 3 and eq. 22",
         ),
+        "llama3": (
+            "sparsekit.components.rope_scalings:Llama3",
+            "Pairs that turn often in the trained length stay, those that hardly do are divided by factor, the rest is mixed.",
+            "Grattafiori et al. 2024, arXiv 2407.21783, sec. 3.4.2 (Llama 3.1)",
+        ),
     },
     "ffn": {
         "mlp": (
@@ -286,6 +291,11 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "sparsekit.components.residuals:Parallel",
             "y = x + s (A(n(x)) + F(n(x))), both sub-layers reading the same normalised stream.",
             "Wang & Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022, arXiv 2204.02311, sec. 2",
+        ),
+        "parallel_two_norms": (
+            "sparsekit.components.residuals:ParallelTwoNorms",
+            "y = x + s (A(n(x)) + F(n'(x))), each sub-layer with a norm of its own.",
+            "Black et al. 2022, arXiv 2204.06745, sec. 2.1 (GPT-NeoX)",
         ),
         "layernorm_scaling": (
             "sparsekit.components.residuals:LayerNormScaling",

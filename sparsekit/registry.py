@@ -58,7 +58,7 @@ class Registry:
         """Every claim to every name; the first of a list is the one that counts, built-ins before plug-ins."""
         claims: dict[str, list[Entry]] = {}
         for name, (target, summary, source) in BUILT_IN.get(self.kind, {}).items():
-            claims[name] = [Entry(self.kind, name, target, OURSELVES, _own_version(), summary, source)]
+            claims[name] = [Entry(self.kind, name, target, OURSELVES, own_version(), summary, source)]
         for entry in _plugin_entries().get(self.kind, ()):
             claims.setdefault(entry.name, []).append(entry)
         for name, cls in self._registered.items():
@@ -172,7 +172,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 
 @functools.cache
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of sparsekit itself."""
     try:
         return importlib.metadata.version(OURSELVES)
     except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
@@ -195,7 +196,7 @@ def _plugin_entries() -> dict[str, list[Entry]]:
         for point in package.entry_points:
             prefix, _, kind = point.group.partition(".")
             if prefix == OURSELVES and kind in KINDS:
-                summary = package.metadata["Summary"] or ""
+                summary = package.metadata["Summary"] or point.value  # where a package does not describe itself
                 entry = Entry(kind, point.name, point.value, owner, package.version, summary)
                 found.setdefault(kind, []).append(entry)
     for entries in found.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,7 +22,7 @@ class KernelAttention(Attention):
     A query sees itself and ``window`` - 1 keys before it, and its document's first ``sinks`` keys always. ``softcap``
     c turns a score s into c tanh(s / c). ``sink_logits`` adds a learned logit a head to the softmax's sum, for
     attention to nothing. ``output_gate`` multiplies the heads' output by sigmoid(W_gate x). ``normalizer`` stands for
-    the softmax.
+    the softmax. Scores are multiplied by ``score_scale``, by default 1 / sqrt(width of a head's keys).
     """
 
     caches = True
@@ -38,6 +38,7 @@ class KernelAttention(Attention):
         window: PositiveInt | None = None
         sinks: NonNegativeInt = 0
         softcap: PositiveFloat | None = None
+        score_scale: PositiveFloat | None = None
         sink_logits: bool = False
         output_gate: bool = False
 
@@ -102,7 +103,8 @@ class KernelAttention(Attention):
         else:
             mask = self.prepare(q_BHTK.shape[2], q_BHTK.device, replace(context, dtype=q_BHTK.dtype))[1]
         slopes_H = getattr(self.position, "slopes_H", None)
-        extras = Extras(q_BHTK.shape[-1] ** -0.5, self.params.softcap, slopes_H, self.sink_H, self.normalizer)
+        scale = self.params.score_scale or q_BHTK.shape[-1] ** -0.5
+        extras = Extras(scale, self.params.softcap, slopes_H, self.sink_H, self.normalizer)
         z_BHTV = self.kernel(q_BHTK, k_BGTK, v_BGTV, mask, self.asked, extras)
         return z_BHTV.transpose(1, 2).flatten(2)
 
@@ -129,12 +131,17 @@ class KernelAttention(Attention):
 
 
 class HeadAttention(KernelAttention):
-    """o(attend(q, k, v)) for any number of key-value heads; the entries below only say how many."""
+    """o(attend(q, k, v)) for any number of key-value heads; the entries below only say how many.
+
+    ``bias`` "qkv" gives one to queries, keys and values alone. ``qk_norm`` is over each head's channels, or, where
+    ``qk_norm_over`` is "projection", over those of all heads together.
+    """
 
     class Params(KernelAttention.Params):
         head_dim: PositiveInt | None = None
         qk_norm: Annotated[Choice, Slot("norm")] | None = None
-        bias: bool = False
+        qk_norm_over: Literal["head", "projection"] = "head"
+        bias: bool | Literal["qkv"] = False
 
     @staticmethod
     def kv_heads(params: Any) -> int:
@@ -154,36 +161,47 @@ class HeadAttention(KernelAttention):
         head_dim = cls.width(params, facts.d_model)
         cls.check_around(params, facts, head_dim=head_dim, n_kv_heads=cls.kv_heads(params))
         if params.qk_norm is not None:
-            facts.child(params.qk_norm, width=head_dim)
+            for n_heads in {params.n_heads, cls.kv_heads(params)}:
+                facts.child(params.qk_norm, width=cls.norm_width(params, head_dim, n_heads))
+
+    @staticmethod
+    def norm_width(params: Any, head_dim: int, n_heads: int) -> int:
+        """Channels that the norm of queries, or of keys, takes together."""
+        return head_dim if params.qk_norm_over == "head" else head_dim * n_heads
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
         self.n_kv_heads = self.kv_heads(params)
         self.head_dim = self.width(params, build.d_model)
         d_query, d_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.q = build.linear("q", build.d_model, d_query, params.bias)
-        self.k = build.linear("k", build.d_model, d_kv, params.bias)
-        self.v = build.linear("v", build.d_model, d_kv, params.bias)
-        self.o = build.linear("o", d_query, build.d_model, params.bias)
+        self.q = build.linear("q", build.d_model, d_query, bool(params.bias))
+        self.k = build.linear("k", build.d_model, d_kv, bool(params.bias))
+        self.v = build.linear("v", build.d_model, d_kv, bool(params.bias))
+        self.o = build.linear("o", d_query, build.d_model, params.bias is True)
         self.gate = build.linear("gate", build.d_model, d_query) if params.output_gate else None
         heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads}
         self.position = build.child(params.position, head_dim=self.head_dim, **heads)
         self.q_norm = self.k_norm = None
         if params.qk_norm is not None:
-            self.q_norm = build.child(params.qk_norm, width=self.head_dim)
-            self.k_norm = build.child(params.qk_norm, width=self.head_dim)
+            widths = (self.norm_width(params, self.head_dim, n) for n in (self.n_heads, self.n_kv_heads))
+            self.q_norm, self.k_norm = (build.child(params.qk_norm, width=width) for width in widths)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        q_BTHK, k_BTGK, v_BTGK = (
-            linear(x_BTD, context).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (linear(x_BTD, context) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         q, k = self.position(q, k, context)
         return self.output(self.attend(q, k, v, context), x_BTD, context)
 
+    @staticmethod
+    def _normed(x_BTE: Tensor, norm: Any) -> Tensor:
+        normed: Tensor = norm(x_BTE.unflatten(-1, (-1, norm.width))).flatten(-2)
+        return normed
+
     def split(self, n: int) -> dict[str, int]:
+        if self.q_norm is not None and self.params.qk_norm_over == "projection":
+            raise ValueError("qk_norm is over the channels of all heads together, so these cannot be divided")
         parts = self.split_heads(n)
         if self.n_kv_heads == 1:  # all query heads read it, so it is whole on each
             return parts

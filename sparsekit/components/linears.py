@@ -112,12 +112,19 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x_MI, weight_EOI, offsets_E = ctx.saved_tensors
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         dy_MO = dy_MO.contiguous()
-        dx_MI = F.grouped_mm(dy_MO, weight_EOI, offs=offsets_E)
-        if not ctx.complete:
+        dx_MI = F.grouped_mm(dy_MO, weight_EOI, offs=offsets_E) if needs_x else None
+        if dx_MI is not None and not ctx.complete:
             dx_MI = _clear_unused(dx_MI, offsets_E)
+        if not needs_weight:
+            return dx_MI, None, None, None
+        if (
+            dx_MI is None
+        ):  # a compiler that sees dy used transposed alone lays it out so, and groups are not aligned then
+            return None, grouped_outer(dy_MO, x_MI, offsets_E), None, None
         return dx_MI, F.grouped_mm(dy_MO.T, x_MI.contiguous(), offs=offsets_E), None, None
 
 

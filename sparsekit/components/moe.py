@@ -228,7 +228,9 @@ class _Spread(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(y_MD: Tensor, weight_NS: Tensor, token_M: Tensor, order_M: Tensor, back_NS: Tensor) -> Tensor:
-        return _summed(y_MD, weight_NS, back_NS).to(torch.promote_types(y_MD.dtype, weight_NS.dtype))
+        y_ND, dtype = _summed(y_MD, weight_NS, back_NS), torch.promote_types(y_MD.dtype, weight_NS.dtype)
+        # compiled by torch 2.11, a function that ends in a cast to the type it has has no gradient
+        return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -179,6 +179,9 @@ class Parallel(Residual):
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
         self.scale: float = params.scale
+        self.make_norms(build)
+
+    def make_norms(self, build: Build) -> None:
         self.norm: Norm = build.child(build.facts["norm"])
 
     def forward(
@@ -187,4 +190,22 @@ class Parallel(Residual):
         read = self.norm(x_BTD)
         attended, state = run(attention, read, state, context)
         transformed, state = run(ffn, read, state, context)
+        return x_BTD + self.scale * (attended + transformed), state
+
+
+class ParallelTwoNorms(Parallel):
+    """y = x + s (A(n(x)) + F(n'(x))), each sub-layer with a norm of its own.
+
+    Source: Black et al. 2022, arXiv 2204.06745, sec. 2.1 (GPT-NeoX)
+    """
+
+    def make_norms(self, build: Build) -> None:
+        self.attention_norm: Norm = build.child(build.facts["norm"])
+        self.ffn_norm: Norm = build.child(build.facts["norm"])
+
+    def forward(
+        self, x_BTD: Tensor, state: State, context: ForwardContext, attention: Attention, ffn: FeedForward
+    ) -> tuple[Tensor, State]:
+        attended, state = run(attention, self.attention_norm(x_BTD), state, context)
+        transformed, state = run(ffn, self.ffn_norm(x_BTD), state, context)
         return x_BTD + self.scale * (attended + transformed), state

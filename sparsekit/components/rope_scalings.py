@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from sparsekit import spec
@@ -76,3 +76,31 @@ class YaRN(RopeScaling):
         pair = torch.arange(half, dtype=frequency.dtype, device=frequency.device)
         slow = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
         return frequency * (1 - slow) + frequency / p.factor * slow, 0.1 * math.log(p.factor) + 1.0
+
+
+class Llama3(RopeScaling):
+    """Pairs that turn often in the trained length stay, those that hardly do are divided by factor, the rest is mixed.
+
+    As yarn, but mixed linearly in the turns r = original_max_seq_len * frequency / 2 pi, between ``low_turns`` and
+    ``high_turns``, and with cosine and sine as they are.
+
+    Source: Grattafiori et al. 2024, arXiv 2407.21783, sec. 3.4.2 (Llama 3.1)
+    """
+
+    class Params(RopeScaling.Params):
+        factor: float = Field(default=8.0, ge=1)
+        original_max_seq_len: PositiveInt = 8192
+        low_turns: PositiveFloat = 1.0
+        high_turns: PositiveFloat = 4.0
+
+        @model_validator(mode="after")
+        def _ordered(self) -> Llama3.Params:
+            if self.low_turns >= self.high_turns:
+                raise ValueError(f"low_turns ({self.low_turns}) is not below high_turns ({self.high_turns})")
+            return self
+
+    def __call__(self, frequency: Tensor, theta: float) -> tuple[Tensor, float]:
+        p = self.params
+        turns = frequency * p.original_max_seq_len / (2 * math.pi)
+        fast = ((turns - p.low_turns) / (p.high_turns - p.low_turns)).clamp(0, 1)
+        return frequency * fast + frequency / p.factor * (1 - fast), 1.0

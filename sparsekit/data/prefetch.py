@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,23 +84,33 @@ class Prefetched:
         self._ready: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._free = threading.Semaphore(self.depth)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        # the thread does not hold this object, so that one that nobody closes ends it when it is forgotten
+        arguments = (self.loader, self.pin, self._ready, self._free, self._stopping)
+        self._thread = threading.Thread(target=_read_ahead, args=arguments, name="prefetch", daemon=True)
+        self._forgotten = weakref.finalize(self, _end, self._free, self._stopping)
         self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._free.acquire()
-                if self._stopping.is_set():
-                    return
-                batch = self.loader.next()
-                self._ready.put((batch.pin() if self.pin else batch, self.loader.state(), None))
-        except BaseException as error:
-            self._ready.put((None, {}, error))
 
     def _stop(self) -> None:
         if self._thread is not None:
-            self._stopping.set()
-            self._free.release()
+            self._forgotten()
             self._thread.join()
             self._thread = None
+
+
+def _read_ahead(
+    loader: Batches, pin: bool, ready: queue.SimpleQueue[Item], free: threading.Semaphore, stopping: threading.Event
+) -> None:
+    try:
+        while True:
+            free.acquire()
+            if stopping.is_set():
+                return
+            batch = loader.next()
+            ready.put((batch.pin() if pin else batch, loader.state(), None))
+    except BaseException as error:
+        ready.put((None, {}, error))
+
+
+def _end(free: threading.Semaphore, stopping: threading.Event) -> None:
+    stopping.set()
+    free.release()

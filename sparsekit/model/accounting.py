@@ -17,7 +17,9 @@ from sparsekit.components.contracts import FeedForward, Linear
 from sparsekit.errors import SpecError
 from sparsekit.model.build import SpecLike, as_model_spec, build_model
 from sparsekit.model.decoder import Decoder
+from sparsekit.spec.model import ModelSpec
 from sparsekit.spec.run import ParallelSpec, RunSpec
+from sparsekit.spec.slot import Choice, slot_of
 
 STORED_BYTES = {"fp32": 4, "bf16": 4, "pure_bf16": 2}  # of a weight, of its gradient, of an optimizer state
 CACHE_BYTES = {"fp32": 4, "bf16": 2, "pure_bf16": 2}
@@ -40,6 +42,8 @@ class Description:
             whole layers that the run asks for. Selective recomputation and tensor parallelism, not counted, keep less.
         cache_bytes_per_token: keys and values of all layers, when generating.
         tokens: what the run trains on, or None where that depends on the data.
+        layers: for each distinct block, where it stands and what it is of: (place, part and its parameters in words).
+        fsdp: more processes hold less each.
     """
 
     d_model: int
@@ -57,9 +61,39 @@ class Description:
     activation_bytes: int
     cache_bytes_per_token: int
     tokens: int | None
+    layers: list[dict[str, str]]
+    fsdp: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        """A table, as the command line prints it."""
+        each = f", on each of {self.processes} processes" if self.processes > 1 else ""
+        rows = [
+            ("layers x d_model", f"{self.n_layers} x {self.d_model}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("active parameters", f"{self.active_parameters:,} a token"),
+            ("forward FLOPs", f"{self.flops_per_token:.4g} a token at length {self.seq_len}"),
+            ("training FLOPs", f"{self.training_flops_per_token:.4g} a token"),
+            ("weights", _size(self.weight_bytes) + each),
+            ("training memory", _size(self.training_bytes) + f" for weights, gradients and optimizer{each}"),
+            ("activations", _size(self.activation_bytes) + f" a micro-batch in float32, on top{each}"),
+            ("cache", _size(self.cache_bytes_per_token) + " a token when generating"),
+        ]
+        if self.fsdp:
+            least = f"counted for {self.processes}, the fewest" if self.processes > 1 else "counted for one"
+            more = "more of them hold less of weights, gradients and optimizer each (fsdp)"
+            rows.append(("processes", f"{least}; {more}"))
+        if self.tokens is not None:
+            total = self.tokens * self.training_flops_per_token
+            rows.append(("training", f"{self.tokens:,} tokens, {total:.3g} FLOPs"))
+        lines = [f"{name:18}{text}" for name, text in rows]
+        names = list(self.layers[0])
+        widths = {name: max(len(name), *(len(row[name]) for row in self.layers)) for name in names}
+        table = [dict(zip(names, names, strict=True)), *self.layers]
+        lines += ["", *("  ".join(f"{row[name]:{widths[name]}}" for name in names).rstrip() for row in table)]
+        return "\n".join(lines)
 
 
 def describe(spec: SpecLike) -> Description:
@@ -92,7 +126,53 @@ def describe(spec: SpecLike) -> Description:
         activation_bytes=activation_bytes(model, run.train.micro_batch_size if run else 1, seq_len, _loss(run)),
         cache_bytes_per_token=sum(layer.attention.cache_bytes_per_token(cache_element) for layer in model.layers),
         tokens=_tokens(run),
+        layers=_distinct_layers(model_spec),
+        fsdp=run is not None and parallel.data == "fsdp",
     )
+
+
+def _distinct_layers(spec: ModelSpec) -> list[dict[str, str]]:
+    """A row for each distinct block: the layers that have it, and its parts in words."""
+    places: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for index, block in enumerate(spec.per_layer):
+        parts = tuple((name, _in_words(getattr(block, name))) for name in ("attention", "norm", "residual", "ffn"))
+        places.setdefault(parts, []).append(index)
+    return [{"layers": _ranges(indices), **dict(parts)} for parts, indices in places.items()]
+
+
+def _in_words(choice: Choice) -> str:
+    """``gqa(n_heads=8, n_kv_heads=2)``: a slot with what it must be told and what is not as by default."""
+    told = []
+    for name, field in type(choice.params).model_fields.items():
+        value, slot = getattr(choice.params, name), slot_of(field)
+        if not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            if value == (slot.validate(default) if slot is not None and default is not None else default):
+                continue
+        told.append(f"{name}={_in_words(value) if isinstance(value, Choice) else value}")
+    return choice.type + (f"({', '.join(told)})" if told else "")
+
+
+def _ranges(indices: list[int]) -> str:
+    """``0-2, 5``; or, of more than two as far apart as each other, the slice that a spec would name them by."""
+    step = indices[1] - indices[0] if len(indices) > 2 else 1
+    if step > 1 and indices == list(range(indices[0], indices[-1] + 1, step)):
+        return f"{indices[0]}:{indices[-1] + 1}:{step}"
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.4g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} TiB"
 
 
 def parameters_of_a_process(model: Decoder, parallel: ParallelSpec) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.components.contracts import (
@@ -98,7 +99,9 @@ class Decoder(nn.Module):
     def unembed(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The head alone, [..., d_model] -> [..., vocab]."""
         logits: Tensor = self.embedding.unembed(x) if self.head is None else self.head(x, context)
-        return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
+        logits = logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
+        cap = self.spec.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding(self, context: ForwardContext) -> Unembedding:
         """:meth:`unembed`, and what it is made of if that is a matrix product."""
@@ -106,6 +109,8 @@ class Decoder(nn.Module):
         def logits(x: Tensor) -> Tensor:
             return self.unembed(x, context)
 
+        if self.spec.logit_softcap is not None:
+            return Unembedding(logits)
         if self.head is None and type(self.embedding).unembed is TokenEmbedding.unembed:
             return Unembedding(logits, cast(TokenEmbedding, self.embedding).weight, None, self.spec.logit_scale)
         if self.head is not None and type(self.head).forward is PlainLinear.forward:

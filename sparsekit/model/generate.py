@@ -34,6 +34,7 @@ class KVCache:
         """Takes up this forward's keys and values of a layer; returns all of them, [batch, heads, seen, head_dim]."""
         if layer_index not in self._layers:
             k_shape, v_shape = ((*x.shape[:2], self.max_seq_len, x.shape[3]) for x in (k_BGTK, v_BGTK))
+            # zeros: a value that no query sees is still multiplied, by 0, which would keep a NaN
             self._layers[layer_index] = k_BGTK.new_zeros(k_shape), v_BGTK.new_zeros(v_shape)
         end = self.length + k_BGTK.shape[2]
         keys, values = self._layers[layer_index]
@@ -105,6 +106,7 @@ def generate_batch(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     ends: Ends = lambda index, token: False,
+    batch_size: int | None = None,
 ) -> Generator[tuple[int, int], None, None]:
     """Yields (index of a prompt, its next token), a token of every open prompt and then the next ones.
 
@@ -113,19 +115,20 @@ def generate_batch(
 
     Args:
         ends: called with each (index, token); True ends that prompt, and the token is not yielded.
+        batch_size: how many prompts run at a time; None for all.
 
     Raises:
         ValueError: an empty prompt.
     """
     if not all(map(len, prompts)):
         raise ValueError("the prompt is empty: give at least one token")
-    device = next(model.parameters()).device
+    device, limit = next(model.parameters()).device, model.spec.max_seq_len
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
     was_training = model.training
     model.eval()
     try:
-        for group in together(model, [min(len(ids), model.spec.max_seq_len) for ids in prompts]):
-            rows = [(i, list(prompts[i])[-model.spec.max_seq_len :]) for i in group]
+        for group in together(model, [min(len(ids), limit) for ids in prompts], batch_size):
+            rows = [(i, [int(token) for token in prompts[i]][-limit:]) for i in group]
             yield from _generate(model, rows, max_new_tokens, sampling, generators, ends, device)
     finally:
         model.train(was_training)
@@ -187,8 +190,11 @@ def _next_logits(model: Decoder, rows: list[list[int]], cache: KVCache | None, d
 
 
 def can_cache(model: Decoder) -> bool:
-    """Whether every attention keeps its keys and values, and no output depends on what comes after it."""
-    return all(layer.attention.caches for layer in model.layers) and _has(model, "causal")
+    """Whether every attention keeps its keys and values, and no output depends on what comes after it or beside it.
+
+    An expert of limited capacity does not take from one token what it would take from the sequence.
+    """
+    return all(layer.attention.caches for layer in model.layers) and pads(model)
 
 
 def together(model: Decoder, lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:
@@ -201,7 +207,7 @@ def together(model: Decoder, lengths: Sequence[int], batch_size: int | None = No
     if not pads(model):
         return [[i] for i in order]
     groups = [order]
-    if not all(_ragged(layer.attention) for layer in model.layers):
+    if can_cache(model) and not all(_ragged(layer.attention) for layer in model.layers):
         groups = [list(group) for _, group in groupby(order, key=lambda i: lengths[i])]
     size = batch_size or max(len(lengths), 1)
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
@@ -209,17 +215,10 @@ def together(model: Decoder, lengths: Sequence[int], batch_size: int | None = No
 
 def pads(model: Decoder) -> bool:
     """Whether a sequence comes out the same with padding after it and others beside it."""
-    return _has(model, "causal") and not any(module.batch_coupled for module in _components(model))
+    parts = [module for module in model.modules() if isinstance(module, Component)]
+    return all(part.causal and not part.batch_coupled for part in parts)
 
 
 def _ragged(attention: Component) -> bool:
     # ALiBi's kernels tell distances from tensor sizes, and another's attention need not read each row's positions
     return isinstance(attention, KernelAttention) and not isinstance(attention.position, ALiBi)
-
-
-def _has(model: Decoder, trait: str) -> bool:
-    return all(getattr(module, trait) for module in _components(model))
-
-
-def _components(model: Decoder) -> Iterator[Component]:
-    return (module for module in model.modules() if isinstance(module, Component))

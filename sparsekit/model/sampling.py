@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws from p = softmax(logits / temperature), cut and scaled to sum to 1 again; temperature 0 takes the likeliest.
+    """Draws from softmax(logits / temperature), cut and scaled to sum to 1 again; temperature 0 takes the likeliest.
 
     Cuts apply one after the other, each to what the one before left.
 
@@ -19,7 +19,8 @@ class Sampling:
         top_k: only the k likeliest tokens (and those as likely as the k-th).
         top_p: only the fewest tokens that have together at least this probability (Holtzman et al. 2019,
             arXiv 1904.09751, sec. 3.1).
-        min_p: only tokens at least this times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082, sec. 3).
+        min_p: only tokens at least this times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082,
+            sec. 3).
 
     Raises:
         ValueError: a number outside its range.

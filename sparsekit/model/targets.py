@@ -60,10 +60,10 @@ def newest_whole(run: Run) -> tuple[Path | None, list[str]]:
             verify(folder)
             return folder, damaged
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged.append(str(error).removesuffix("; use an earlier checkpoint"))
     if damaged:
-        first = damaged[0].removesuffix("; use an earlier checkpoint")
-        raise CheckpointError(f"{run.folder}: none of its checkpoints is whole ({first}); start over with --resume never")
+        told = f"{run.folder}: none of its checkpoints is whole ({damaged[0]})"
+        raise CheckpointError(f"{told}; start over with --resume never")
     return None, damaged
 
 
@@ -147,7 +147,7 @@ def _newest_whole(run: Run) -> Path:
     found, damaged = newest_whole(run)
     assert found is not None, "it has some, and none is whole is an error"
     for line in damaged:
-        print(f"{line}; taking {found}", file=sys.stderr)
+        print(f"{line}; passed over for {found}", file=sys.stderr)
     return found
 
 

@@ -52,7 +52,8 @@ class ActivationSparsity(DenseProbe):
     saturated, where a CETT of 1 is feasible; step, where the ratio jumps over 1 + p.
 
     Also: aggregated_sparsity, the share of neurons that none of ``recent`` tokens in a row uses; union_density, the
-    share that 8 tokens in a row use together; frequency [L, C]; heat_map [L, ``pictured`` sequences, T].
+    share that 8 tokens in a row use together; frequency [L, C]; heat_map, the activation ratio of each
+    layer and token of ``pictured`` sequences.
     ``compat="released"`` measures as Sparsing Law's released code does, its defects included (dense layers only).
 
     Source: Luo et al. 2024, arXiv 2411.02335, sec. 4.1; CETT: Zhang et al. 2024, arXiv 2402.03804

@@ -106,6 +106,9 @@ class Activity:
         result.arrays["frequency"] = spread(n_layers, dict(zip(layers, padded, strict=True)), most)
         pictures = {layer: by_name["tokens"][layer] for layer in layers}
         result.arrays["heat_map"] = spread(n_layers, pictures, *next(iter(pictures.values())).shape)
+        if self.pictured:
+            result.matrices["heat_map"] = result.arrays["heat_map"][:, 0]
+            result.meta["axes"] = {"heat_map": ("layer", "token")}
 
 
 def united(block_BTF: Tensor) -> Tensor:

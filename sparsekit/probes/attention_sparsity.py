@@ -39,7 +39,16 @@ class AttentionSparsity(DenseProbe):
         min_visible: PositiveInt = 16
 
     def observer(self, view: LayeredModel, tokens: Tokens) -> AttentionObserver:
-        return AttentionObserver(view, tokens, self.params.top, max(2, self.params.min_visible), self.seed)
+        """
+        Raises:
+            DataError: no layer's scores can be seen, or sequences are shorter than ``min_visible``.
+        """
+        least = max(2, self.params.min_visible)
+        if tokens.ids_ST.shape[1] < least:
+            raise DataError(
+                f"attention_sparsity: no query sees {least} keys; give longer sequences or a lower min_visible"
+            )
+        return AttentionObserver(view, tokens, self.params.top, least, self.seed)
 
 
 class AttentionObserver(Observer):
@@ -98,11 +107,6 @@ class AttentionObserver(Observer):
         queries = {layer: torch.cat(parts).numpy() for layer, parts in self.queries.items()}
         measured = [layer for layer in sums if queries[layer].sum()]
         self.remarks |= {layer: f"no query sees {self.min_visible} keys" for layer in sums if layer not in measured}
-        if not measured:
-            raise DataError(
-                f"attention_sparsity: no query sees {self.min_visible} keys; give longer sequences or a lower "
-                f"min_visible"
-            )
         for layer, reason in sorted(self.remarks.items()):
             result.remark(f"layer {layer}: not applicable: {reason}")
         most = max(x.shape[1] for x in sums.values())
@@ -116,9 +120,11 @@ class AttentionObserver(Observer):
                 pairs.append(np.stack((values_SH.mean(1), queries[layer]), axis=-1))
                 by_layer[layer] = _mean_of_ratios(pairs[-1][:, None])
             result.matrices[name], result.per_layer[name] = by_head, by_layer
-            pairs_SL2 = np.stack(pairs, axis=1)
-            result.scalars[name] = _mean_of_ratios(pairs_SL2)
-            result.intervals[name] = bootstrap(pairs_SL2, _mean_of_ratios, self.seed)
+            if measured:
+                pairs_SL2 = np.stack(pairs, axis=1)
+                result.scalars[name] = _mean_of_ratios(pairs_SL2)
+                result.intervals[name] = bootstrap(pairs_SL2, _mean_of_ratios, self.seed)
+        result.meta["axes"] = dict.fromkeys(self.names, ("layer", "head"))
         return result
 
 

@@ -129,7 +129,7 @@ class Sums:
                 dense_BT = torch.linalg.vector_norm(dense_BTD, dim=-1)
                 self.dense_LS[layer, which] = mean_over(dense_BT, later_BT)
             if len(f):
-                change_RBT = torch.linalg.vector_norm(f - dense_BTD, dim=-1)
+                change_RBT = torch.linalg.vector_norm(f.sub_(dense_BTD), dim=-1)
                 rows = slice(skip + first - 1, skip + first - 1 + len(f))
                 self.effect_LLS[rows, layer, which] = self._over_tokens(change_RBT, dense_BT, later_BT)
 

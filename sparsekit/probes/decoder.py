@@ -17,7 +17,14 @@ from sparsekit.components.kernels import Extras, visible
 from sparsekit.components.moe import MoE
 from sparsekit.components.norms import LayerNorm, RMSNorm, WeightedNorm
 from sparsekit.components.positions import RoPE
-from sparsekit.components.residuals import LayerNormScaling, MixLN, Parallel, PreNorm, SequentialResidual
+from sparsekit.components.residuals import (
+    LayerNormScaling,
+    MixLN,
+    Parallel,
+    ParallelTwoNorms,
+    PreNorm,
+    SequentialResidual,
+)
 from sparsekit.model.decoder import Block, Decoder
 from sparsekit.probes.anatomy import Anatomy, ExpertParts, ExpertRows, NormParts, RopeParts, Score, Weight
 from sparsekit.probes.layered import Edit, LayeredModel, Pass, ViewError, trial_ids, watch_input
@@ -245,6 +252,12 @@ def anatomy_of(block: Block) -> Anatomy:
 def _of_residual(residual: nn.Module, missing: dict[str, str]) -> dict[str, Any]:
     scheme = residual.scheme if isinstance(residual, MixLN) else residual
     name = type(scheme).__name__
+    if isinstance(scheme, ParallelTwoNorms):
+        norms = {
+            "norm_1": norm_parts(scheme.attention_norm, missing, "norm_1"),
+            "norm_2": norm_parts(scheme.ffn_norm, missing, "norm_2"),
+        }
+        return {"residual": "parallel", "branch_scale": scheme.scale, **norms}
     if isinstance(scheme, Parallel):
         norm = norm_parts(scheme.norm, missing, "norm_1")
         return {"residual": "parallel", "branch_scale": scheme.scale, "norm_1": norm, "norm_2": norm}

@@ -23,7 +23,7 @@ def draw(result: ProbeResult, folder: Path, stem: str) -> list[Path]:
         return []
     lines = {name: values for name, values in result.per_layer.items() if np.isfinite(_floats(values)).any()}
     maps = {name: m for name, m in result.matrices.items() if m.ndim == 2 and min(m.shape) > 0}
-    panels = [*_together(lines).items(), *maps.items()][:MOST_PANELS]
+    panels = [*_together(lines, stem.partition("-")[0]).items(), *maps.items()][:MOST_PANELS]
     if not panels:
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,13 +54,13 @@ def draw(result: ProbeResult, folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def _together(lines: dict[str, Array]) -> dict[str, Any]:
-    """The tables by what they tell, those of the three sites in one picture."""
+def _together(lines: dict[str, Array], probe: str) -> dict[str, Any]:
+    """The tables by what they tell, the probe itself where they do not say; those of the three sites in one picture."""
     panels: dict[str, Any] = {}
     for name, values in lines.items():
         site = next((site for site in SITES if name == site or name.startswith(f"{site}_")), "")
         told = name.removeprefix(site).removeprefix("_") if site else name
-        panels.setdefault(told or "value", {})[site or name] = values
+        panels.setdefault(told or probe, {})[site or name] = values
     return panels
 
 
@@ -80,6 +80,8 @@ def _map(figure: Any, axes: Any, matrix: Array, named: bool, names: Any) -> None
     down, across = names if named else ("layer", "layer")
     axes.set_ylabel(down)
     axes.set_xlabel(across)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
 
 
 def _title(result: ProbeResult, stem: str) -> str:

@@ -80,6 +80,8 @@ class Together(Observer):
                 continue
             for field in ("scalars", "per_layer", "matrices", "intervals", "arrays"):
                 getattr(whole, field).update({f"{name}/{key}": value for key, value in getattr(found, field).items()})
+            axes = {f"{name}/{key}": value for key, value in found.meta.pop("axes", {}).items()}
+            whole.meta["axes"] = whole.meta.get("axes", {}) | axes
             for remark in found.meta.pop("remarks", ()):
                 whole.remark(f"{name}: {remark}")
             whole.meta |= {f"{name}/{key}": value for key, value in found.meta.items()}

@@ -76,7 +76,7 @@ def open_subject(target: Any, device: str | torch.device = "cpu", dtype: torch.d
         resolved = Target(target if isinstance(target, RunSpec) else validate(_run_of(target)))
         name = resolved.spec.name
     else:
-        resolved = target if isinstance(target, Target) else resolve(target)
+        resolved = target if isinstance(target, Target) else resolve(target, weights=True)
         name = str(target.folder if isinstance(target, Run) else target)
     model = load_model(resolved, device=device, dtype=dtype or torch.float32)
     folder, step = None, None

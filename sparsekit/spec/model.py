@@ -51,7 +51,8 @@ class ModelSpec(Params):
     ``block`` is every layer's; or ``blocks`` names several and ``pattern`` repeats their names over the depth (null
     takes back a block that was inherited).
     ``layers`` holds exceptions: ``"0"``, ``"-1"`` or a slice ``"4:12:2"``, each a partial block merged over the
-    layer's own; the last match wins.
+    layer's own; the last match wins. Logits are multiplied by ``logit_scale``; ``logit_softcap`` c then turns a logit x
+    into c tanh(x / c).
     """
 
     d_model: PositiveInt
@@ -68,6 +69,7 @@ class ModelSpec(Params):
     init: Annotated[Choice, Slot("init")] = pick("normal")
     tie_embeddings: bool = False
     logit_scale: PositiveFloat = 1.0
+    logit_softcap: PositiveFloat | None = None
     allow_leak: bool = False
 
     _per_layer: list[BlockSpec] = PrivateAttr()

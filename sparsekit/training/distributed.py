@@ -191,8 +191,11 @@ def in_a_line(error: BaseException) -> str:
     return re.sub(r"^\[\S*\] |\. This is typically .*", "", " ".join(str(error).split())) or type(error).__name__
 
 
-def usable(name: str) -> torch.device:
+def usable(name: str, asked: str = "train.device") -> torch.device:
     """A device by name.
+
+    Args:
+        asked: where the name stands.
 
     Raises:
         SpecError: it is not there.
@@ -202,7 +205,7 @@ def usable(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise SpecError([f"train.device: {name!r} cannot be used ({str(error).splitlines()[0]})"]) from None
+        raise SpecError([f"{asked}: {name!r} cannot be used ({str(error).splitlines()[0]})"]) from None
 
 
 class Agreement:

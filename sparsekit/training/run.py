@@ -113,7 +113,7 @@ def _starting_point(run: Run, spec: RunSpec, resume: str, held: contextlib.ExitS
     else:
         found, damaged = newest_whole(run)
         for line in damaged:
-            print(f"{line}; going on from {found}", file=sys.stderr)
+            print(f"{line}; passed over", file=sys.stderr)
     if found is not None:
         checkpoint.demand_same_spec(found, spec)
     else:

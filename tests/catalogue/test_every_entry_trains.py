@@ -54,9 +54,8 @@ def test_trains(kind: str, name: str, run_of: Callable[..., dict[str, Any]], tmp
 def test_refuses_in_a_line_that_names_another(
     kind: str, name: str, run_of: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    trainer = Trainer(validate(run_of(model_with(kind, name), max_steps=STEPS)), Run(tmp_path / "run"))
     with pytest.raises(SparsekitError) as caught:
-        trainer.fit()
+        Trainer(validate(run_of(model_with(kind, name), max_steps=STEPS)), Run(tmp_path / "run"))
     line = str(caught.value)
     able = [other for of, other in HERE if of == kind]
     assert "\n" not in line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import subprocess
@@ -13,7 +15,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from sparsekit.cli import main
+
+from sparsekit import describe, load_spec
 
 ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "specs").rglob("*.json"))
@@ -90,7 +95,10 @@ def test_list() -> None:
     assert all(e["summary"] for e in entries)
     assert {e["kind"] for e in json.loads(tell("list", "ffn", "--json"))} == {"ffn"}
     assert "swiglu" in tell("list", "ffn")
-    assert run("list", "--check").returncode == 0
+    assert tell("list", "--check") == "no plug-in is installed\n"
+    lines = tell("list").splitlines()
+    assert lines[lines.index("sparsifier") + 1] == "  (none yet)"
+    assert tell("--version") == f"sparsekit {importlib.metadata.version('sparsekit')}\n"
 
 
 def test_show() -> None:
@@ -100,7 +108,48 @@ def test_show() -> None:
     assert {p["name"]: p["required"] for p in told["parameters"]}["k"] is True
 
 
+def test_show_a_section_of_a_spec() -> None:
+    text = tell("show", "train")
+    assert text.startswith("train, a section of a spec\n\nHow a model is trained.")
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.partition("parameters\n")[2].splitlines()}
+    assert rows["checkpoint_every"] == "int (> 0) | 'auto' | null = \"auto\""
+    assert rows["keep"] == 'KeepSpec = {"last": 2, "every": null, "best": true}'
+    assert rows["callbacks"].startswith("list of slot callback = [")
+    told = json.loads(tell("show", "keep", "last", "--json"))
+    assert told["parameters"] == [{"name": "last", "type": "int (> 0)", "required": False, "default": 2}]
+    for section in ("run", "model", "block", "data", "parallel", "streaming", "batch_ramp", "statistics"):
+        assert tell("show", section)
+    refused("show", "train", "checkpont", says="train: unknown field 'checkpont' (did you mean 'checkpoint_every'?)")
+    refused("show", "ffn", says="show ffn: give one of its names (sparsekit list ffn), or a section of a spec: run, ")
+
+
 # ---- specs ----
+
+
+def test_describe_is_the_same_table_from_python() -> None:
+    path = ROOT / "specs/runs/tiny.json"
+    assert tell("describe", str(path)) == f"{describe(load_spec(path))}\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            ['model.block.ffn.router={"type": "expert_choice"}'],
+            "model.allow_leak: layers.0.ffn.router is not causal, so the loss would mean nothing; set it to true",
+        ),
+        (
+            ['model.block.ffn={"type": "swiglu", "d_ff": 8}', "parallel.expert=2"],
+            "parallel.expert: the model has no experts to divide; leave it at 1",
+        ),
+    ],
+)
+def test_validate_refuses_what_training_would(
+    small: dict[str, Any], tmp_path: Path, changes: list[str], says: str
+) -> None:
+    path = write(tmp_path, small)
+    assert "valid" in tell("validate", path)
+    refused("validate", path, *(part for change in changes for part in ("--set", change)), says=says)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -235,7 +284,44 @@ def test_a_mistake_in_a_process_of_its_own(small: dict[str, Any], tmp_path: Path
     assert done.stderr.count("\n") == 1
 
 
+def test_devices_that_are_not_there(small: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, small)
+    for device in ("tpu", *([] if torch.cuda.is_available() else ["cuda"])):
+        refused("generate", path, "--device", device, says=f"--device: {device!r} cannot be used (")
+        refused("train", path, "--set", f"train.device={device}", says=f"train.device: {device!r} cannot be used (")
+
+
+def test_folders_that_cannot_be_written(small: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, small)
+    refused("train", path, "--out", "/proc/x", says="/proc/x: cannot be written (No such file or directory: /proc/x); ")
+    refused("train", path, "--out", path, says=f"{path}: cannot be written (File exists: {path}); give another --out\n")
+
+
+def test_a_kernel_that_is_not_installed_is_told_before_anything_else(small: dict[str, Any], tmp_path: Path) -> None:
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("it is installed")
+    done = run("train", write(tmp_path, small), "--set", "model.block.attention.kernel=flash", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: kernel 'flash' needs the package flash_attn: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_spec_has_no_weights(small: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, small)
+    refused("generate", path, says=f"{path}: a spec has no weights; train it first, or give a run's folder")
+
+
 # ---- the whole way ----
+
+
+def test_a_bare_model_says_what_it_is_trained_on(small: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, small["model"])
+    source = f"data.source={json.dumps(small['data']['source'])}"
+    done = run("train", path, "--set", source, "--set", "train.max_steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(
+        f"{path}: holds a model alone, to be trained with source text, tokenizer byte, max_steps 1; "
+        "--set data.source=…, data.tokenizer=… or train.max_steps=… changes that\n"
+    )
 
 
 def test_train_generate_and_damage(small: dict[str, Any], tmp_path: Path) -> None:
@@ -261,8 +347,11 @@ def test_train_generate_and_damage(small: dict[str, Any], tmp_path: Path) -> Non
 
     refused("train", path, "--set", "model.d_model=32", cwd=tmp_path, says="a checkpoint of another spec")
     refused("train", path, "--resume", "nowhere", cwd=tmp_path, says="nowhere: no such checkpoint")
-    weights = max((folder / "checkpoints" / "step-00000005" / "weights").iterdir())
+    newest, older = (folder / "checkpoints" / f"step-{step:08d}" for step in (5, 4))
+    weights = max((newest / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-10])
-    refused("generate", str(folder), says="bytes where")
+    refused("generate", str(newest), says="bytes where")
+    done = run("generate", str(folder), "--max-new-tokens", "1")
+    assert done.returncode == 0 and done.stderr.endswith(f" were written; passed over for {older}\n")
     done = run("train", path, "--set", "train.max_steps=6", cwd=tmp_path)
-    assert done.returncode == 0 and "going on from" in done.stderr
+    assert done.returncode == 0 and "runs/spec: going on from step 4 (" in done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsekit.data.dataset import load_data
-from sparsekit.data.shards import open_shards
+from sparsekit.data.shards import ShardWriter, open_shards
 from sparsekit.spec.run import DataSpec
 from tests.cli.test_cli import run, tell
 
@@ -61,6 +63,28 @@ def test_progress_tells_tokens_a_second() -> None:
     done = run("tokenize", "a.jsonl", "--tokenizer", "byte", "--out", "set", "--workers", "1")
     n_tokens = sum(len(text.encode()) + 1 for text in TEXTS)
     assert done.stderr.startswith(f"60 documents  {n_tokens:,} tokens  ") and "tokens/s" in done.stderr
+
+
+def test_what_an_earlier_run_wrote_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = ("tokenize", "a.jsonl", "--tokenizer", "byte", "--workers", "1", "--shard-tokens", "300", "--out", "set")
+
+    def write(writer: ShardWriter, name: str, parts: Any) -> Any:
+        if name.startswith("train-00002"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(writer, name, parts)
+
+    real = ShardWriter._write
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_write", write)
+        assert refused(*shared[1:]) == (
+            "set: cannot be written (No space left on device); make room and run the same command again, "
+            "or give another --out"
+        )
+    records = Path("set/journal.jsonl").read_text().splitlines()[1:]
+    n_before = sum(json.loads(line)["record"]["n_tokens"] for line in records)
+    assert n_before > 0
+    done = run(*shared)
+    assert done.returncode == 0 and f"  ({n_before:,} tokens were there)" in done.stderr
 
 
 def test_verify() -> None:
@@ -160,11 +184,29 @@ def test_blank_documents_are_told() -> None:
             ["a.jsonl", "--tokenizer", "byte", "--out", "x", "--max-tokens", "1", "--validation-fraction", "0.0001"],
             "x: the validation split got no documents; raise --max-tokens",
         ),
+        (
+            ["nope", "--tokenizer", "byte", "--out", "x"],
+            "nope: no such file; paths are relative to {here}",
+        ),
+        (
+            ["a.json", "--tokenizer", "byte", "--out", "x"],
+            "a.json: no such file (did you mean 'a.jsonl'?); paths are relative to {here}",
+        ),
+        (
+            ["body.jsonl", "--tokenizer", "byte", "--out", "x"],
+            "body.jsonl:1 (byte 0): no field 'text'; fields: 'body'; set --text-field",
+        ),
+        (
+            ["a.jsonl", "--tokenizer", "byte", "--out", "/proc/x"],
+            "/proc/x: cannot be written (No such file or directory: /proc/x); give another --out",
+        ),
         (["nowhere", "--verify"], "nowhere/manifest.json: no such file; give a folder that sparsekit tokenize wrote"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: list[str], said: str) -> None:
     Path("mixed").mkdir()
+    Path("a.csv").write_text("x")
+    Path("body.jsonl").write_text(rows(["one", "two"], "body"))
     for name in ("a.txt", "b.jsonl"):
         Path("mixed", name).write_text("x")
-    assert refused(*arguments) == said
+    assert refused(*arguments) == said.replace("{here}", str(Path.cwd()))

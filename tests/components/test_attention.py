@@ -78,6 +78,30 @@ def test_gqa_is_mha_with_repeated_keys_and_values(component, randn):
 def test_bias_reaches_all_four_projections(component):
     attention = component("attention", {"type": "mha", "n_heads": 4, "bias": True})
     assert all(getattr(attention, name).bias.shape == (16,) for name in "qkvo")
+    some = component("attention", {"type": "gqa", "n_heads": 4, "n_kv_heads": 2, "bias": "qkv"})
+    assert [getattr(some, name).bias is None for name in "qkvo"] == [False, False, False, True]
+    assert some.k.bias.shape == (8,)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_qk_norm_over_the_projection_and_a_scale_of_its_own(component, randn, kernel):
+    """OLMo 2: queries of all heads are normalised together, before they are cut into heads."""
+    norm = {"qk_norm": {"type": "rmsnorm", "eps": 0.01}, "qk_norm_over": "projection", "position": "none"}
+    slot = {"type": "gqa", "n_heads": 4, "n_kv_heads": 2, "score_scale": 0.3, "kernel": kernel, **norm}
+    attention, x = component("attention", slot), randn(2, 7, 16)
+    assert attention.q_norm.weight.shape == (16,)
+    assert attention.k_norm.weight.shape == (8,)
+
+    def normed(name):
+        y = x @ getattr(attention, name).weight.T
+        y = y / (y.square().mean(-1, keepdim=True) + 0.01).sqrt() * getattr(attention, f"{name}_norm").weight
+        return torch.stack(y.detach().split(4, dim=-1), dim=1)
+
+    z = attend(normed("q"), normed("k"), heads_of(x, attention.v.weight.detach(), 4), 0.3, lambda b, t, s: s <= t)
+    wanted = z.transpose(1, 2).flatten(2) @ attention.o.weight.T
+    torch.testing.assert_close(attention(x, ForwardContext()), wanted, **EXACT)
+    with pytest.raises(ValueError, match="qk_norm is over the channels of all heads together"):
+        attention.split(2)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])

@@ -150,6 +150,22 @@ def yarn_frequencies(channels, theta, factor, length, fast, slow):
     return out, 0.1 * math.log(factor) + 1
 
 
+def llama3_frequencies(channels, theta, factor, length, low, high):
+    """By wavelength, as Meta's released code has it: long ones divided, short ones kept, a smooth share between."""
+    out = []
+    for i in range(channels // 2):
+        frequency = theta ** (-2 * i / channels)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            out.append(frequency)
+        elif wavelength > length / low:
+            out.append(frequency / factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            out.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return out, 1.0
+
+
 SCALINGS = {
     "linear": ({"type": "linear", "factor": 4.0}, lambda r, t: linear_frequencies(r, t, 4.0)),
     "ntk": ({"type": "ntk", "factor": 4.0}, lambda r, t: ntk_frequencies(r, t, 4.0)),
@@ -157,6 +173,11 @@ SCALINGS = {
     "yarn-other": (
         {"type": "yarn", "factor": 3.0, "original_max_seq_len": 300, "beta_fast": 9.0, "beta_slow": 2.0},
         lambda r, t: yarn_frequencies(r, t, 3.0, 300, 9, 2),
+    ),
+    "llama3": ({"type": "llama3"}, lambda r, t: llama3_frequencies(r, t, 8.0, 8192, 1, 4)),
+    "llama3-other": (
+        {"type": "llama3", "factor": 3.0, "original_max_seq_len": 300, "low_turns": 0.5, "high_turns": 9.0},
+        lambda r, t: llama3_frequencies(r, t, 3.0, 300, 0.5, 9.0),
     ),
 }
 
@@ -171,7 +192,16 @@ def test_rope_scaling(component, slot, formula, channels, theta):
     assert factors == pytest.approx([factor] * (channels // 2), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "ntk", "yarn"])
+def test_llama3_wants_its_turns_in_order(component):
+    with pytest.raises(SparsekitError, match=r"low_turns \(4.0\) is not below high_turns \(4.0\)"):
+        build_model({
+            "d_model": 8, "n_layers": 1, "vocab_size": 9, "max_seq_len": 8, "block": {"ffn": {"type": "mlp", "d_ff": 8},
+            "attention": {"type": "mha", "n_heads": 1,
+                          "position": {"type": "rope", "scaling": {"type": "llama3", "low_turns": 4.0}}}},
+        })  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["linear", "ntk", "yarn", "llama3"])
 def test_a_factor_of_1_changes_nothing(component, name):
     rope = scaled(component, {"type": name, "factor": 1.0}, 16, 10000.0)
     plain = component("position", "rope", facts={"head_dim": 16}, max_seq_len=64)

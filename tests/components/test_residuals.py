@@ -55,8 +55,22 @@ def parallel(x, A, F, n, m, s, i, L):
     return x + s * (A(n(x)) + F(n(x)))
 
 
+def parallel_two_norms(x, A, F, n, m, s, i, L):
+    return x + s * (A(n(x)) + F(m(x)))
+
+
 FORMULAS = {
-    f.__name__: f for f in (pre_norm, post_norm, output_norm, peri_norm, layernorm_scaling, deep_norm, parallel)
+    f.__name__: f
+    for f in (
+        pre_norm,
+        post_norm,
+        output_norm,
+        peri_norm,
+        layernorm_scaling,
+        deep_norm,
+        parallel,
+        parallel_two_norms,
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -98,8 +99,10 @@ def test_an_error_comes_where_its_batch_would_and_stays() -> None:
 
 
 def test_closing_ends_the_thread() -> None:
+    others = set(threading.enumerate())
+
     def running() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+        return [thread for thread in threading.enumerate() if thread.name == "prefetch" and thread not in others]
 
     ahead = Prefetched(loader())
     ahead.close()  # never begun
@@ -107,6 +110,13 @@ def test_closing_ends_the_thread() -> None:
     assert len(running()) == 1
     ahead.close()
     assert not running()
+
+    ahead.next()
+    (thread,) = running()
+    del ahead
+    gc.collect()
+    thread.join(10)
+    assert not running(), "one that is forgotten ends too"
     with pytest.raises(ValueError, match="depth is 0"):
         Prefetched(loader(), depth=0)
 

@@ -49,6 +49,28 @@ def test_parameters_of_the_reference_architectures(spec, parameters, active):
     assert description.active_parameters == active
 
 
+def test_layers_are_told_where_they_differ(tiny, moe):
+    spec = tiny(n_layers=7, ffn=moe(router={"type": "top_k", "k": 1}))
+    spec["layers"] = {"0": {"ffn": {"type": "swiglu", "d_ff": 8}}, "2::3": {"attention": {"window": 4}}}
+    spec["layers"]["-1"] = {"norm": "layernorm", "residual": "post_norm", "attention": {"qk_norm": "rmsnorm"}}
+    heads, mixture = "n_heads=4, n_kv_heads=2", "moe(n_experts=4, router=top_k(k=1), expert=swiglu(d_ff=24))"
+    described = describe(spec)
+    assert described.layers == [
+        {"layers": places, "attention": f"gqa({attention})", "norm": norm, "residual": residual, "ffn": ffn}
+        for places, attention, norm, residual, ffn in (
+            ("0", heads, "rmsnorm", "pre_norm", "swiglu(d_ff=8)"),
+            ("1, 3-4", heads, "rmsnorm", "pre_norm", mixture),
+            ("2, 5", "n_heads=4, window=4, n_kv_heads=2", "rmsnorm", "pre_norm", mixture),
+            ("6", "n_heads=4, qk_norm=rmsnorm, n_kv_heads=2", "layernorm", "post_norm", mixture),
+        )
+    ]  # fmt: skip
+    spec["layers"] = {"1::2": {"attention": {"window": 4}}}
+    assert [row["layers"] for row in describe(spec).layers] == ["0:7:2", "1:6:2"]
+    *_, names, first, second = str(describe(spec)).splitlines()
+    assert names.split() == ["layers", "attention", "norm", "residual", "ffn"]
+    assert first.startswith("0:7:2   gqa(") and second.startswith("1:6:2   gqa(") and mixture in second
+
+
 def by_hand(d, n_layers, vocabulary, d_ff, kv_share, n_experts, k):
     """Parameters of a SwiGLU mixture from its sizes: (all, active)."""
     attention = 2 * d * d + 2 * d * d * kv_share

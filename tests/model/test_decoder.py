@@ -57,6 +57,19 @@ def test_scales(tiny, tied):
     torch.testing.assert_close(model(ids), 0.125 * (model.norm(x) @ table.T), **EXACT)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_soft_cap_on_logits(tiny, tied):
+    """c tanh(x / c), after the scale; a head that takes the logits in pieces gets no bare matrix then."""
+    plain, model = (double(tiny(logit_scale=3.0, tie_embeddings=tied, **more)) for more in ({}, {"logit_softcap": 0.5}))
+    ids = tokens(2, 7)
+    wanted = 0.5 * torch.tanh(plain(ids) / 0.5)
+    assert (wanted - plain(ids)).abs().max() > 0.01
+    torch.testing.assert_close(model(ids), wanted, **EXACT)
+    found = model(ids, head=lambda x, unembedding: (unembedding.weight, unembedding.logits(x)))
+    assert found[0] is None
+    torch.testing.assert_close(found[1], wanted, **EXACT)
+
+
 def test_the_final_norm_is_the_last_layers_unless_given(tiny):
     layers = {"-1": {"norm": {"type": "layernorm"}}}
     assert type(double(tiny(layers=layers)).norm).__name__ == "LayerNorm"

@@ -199,3 +199,7 @@ def test_too_short_sequences_are_refused(tiny):
     assert str(refused.value) == (
         "attention_sparsity: no query sees 16 keys; give longer sequences or a lower min_visible"
     )
+    narrow = layered(build_model(tiny(attention={**ATTENTIONS["window"][0], "window": 9}), seed=0))
+    result = AttentionSparsity().run(narrow, TOKENS)
+    assert (result.scalars, result.meta["remarks"][1]) == ({}, "layer 1: not applicable: no query sees 16 keys")
+    assert np.isnan(result.per_layer["entropy"]).all()

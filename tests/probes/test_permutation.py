@@ -182,3 +182,12 @@ def test_mistakes_are_told():
     with pytest.raises(ValidationError):
         Permutation.Params(pairs="some")
     assert run(model_of("sparsekit", n_layers=1), tokens_of(), pairs="none", removal="layers").scalars
+
+
+@pytest.mark.slow
+def test_layers_may_be_compiled():
+    model, tokens = model_of("sparsekit").float(), tokens_of()
+    wanted = run(model, tokens)
+    got = run(model, tokens, compile=True)
+    np.testing.assert_allclose(got.matrices["score"], wanted.matrices["score"], atol=1e-5)
+    assert all(layer._compiled_call_impl is None for layer in model.layers), "they are as they were"

@@ -42,6 +42,8 @@ def test_it_is_the_three(tiny, metric):
             if value is not None:
                 np.testing.assert_array_equal(found[key], value)
     assert whole.meta["activations/metric"] == metric
+    assert whole.meta["axes"]["attention/entropy"] == ("layer", "head")
+    assert whole.meta["axes"]["activations/heat_map"] == ("layer", "token")
     if metric == "cett_ppl":
         assert whole.meta["activations/thresholds"].count(",") == 1
 

@@ -366,14 +366,14 @@ def test_a_file_that_extends_a_missing_one(tmp_path, raw, problems):
     (tmp_path / "base.json").write_text(json.dumps({"model": {"extends": "tyni.json"}}))
     (tmp_path / "tiny.json").write_text(json.dumps(raw["model"]))
     (tmp_path / "tyni.txt").write_text("")
-    asking = tmp_path / "basic.json"
+    asking = tmp_path / "asking.json"
     asking.write_text(json.dumps({"extends": "base.json"}))
     missing = tmp_path / "tyni.json"
     line = f"{tmp_path / 'base.json'}: model.extends: {missing}: no such file (did you mean 'tiny.json'?)"
     assert problems(asking) == [line]
-    asking.write_text(json.dumps({"extends": "basics.json"}))
+    asking.write_text(json.dumps({"extends": "asked.json"}))
     (tmp_path / "base.json").unlink()
-    assert problems(asking) == [f"{asking}: extends: {tmp_path / 'basics.json'}: no such file"], "and not itself"
+    assert problems(asking) == [f"{asking}: extends: {tmp_path / 'asked.json'}: no such file"], "and not itself"
 
 
 def test_a_value_that_begins_as_json_and_is_none(raw, problems):

@@ -123,6 +123,11 @@ def reached(run: Run) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
+def resumption(run: Run, step: int) -> str:
+    """What a run says when it goes on from a step."""
+    return f"{run.folder}: going on from step {step} ({run.folder}/checkpoints/step-{step:08d})"
+
+
 def steps(run: Run) -> list[int]:
     """Of its checkpoints."""
     return [int(path.name.removeprefix("step-")) for path in run.checkpoints]

@@ -263,14 +263,18 @@ def test_a_damaged_file_is_named_and_an_earlier_checkpoint_taken(
     else:
         path.unlink()
     blamed = newest if file == MANIFEST and damage == "a bit" else path
-    for attempt in (lambda: load_model(newest), lambda: train(validate(raw), out=tmp_path / "b", resume=str(newest))):
+    for attempt in (
+        lambda: load_model(resolve(run)),
+        lambda: train(validate(raw), out=tmp_path / "b", resume=str(newest)),
+    ):
         with pytest.raises(CheckpointError) as told:
             attempt()
         assert str(told.value).startswith(str(blamed)) and "\n" not in str(told.value)
     capsys.readouterr()
     resumed = train(validate(raw), out=run.folder)
-    line = capsys.readouterr().err
-    assert line.startswith(str(blamed)) and line.endswith(f"; going on from {older}\n") and line.count("\n") == 1
+    damaged, resumption = capsys.readouterr().err.splitlines()
+    assert damaged.startswith(str(blamed)) and damaged.endswith("; passed over")
+    assert resumption == f"{run.folder}: going on from step 2 ({older})"
     assert resumed.metrics[-1]["step"] == 5
     assert [path.name for path in resumed.checkpoints] == ["step-00000004", "step-00000005"]
     verify(resumed.checkpoints[0])  # written anew
@@ -322,7 +326,9 @@ def test_the_newest_whole_checkpoint_is_what_a_run_stands_for(
     (newer / "state.json").write_text("{}")
     assert resolve(run, weights=True).checkpoint == older
     told = capsys.readouterr().err
-    assert told.startswith(f"{newer}/state.json: has 2 bytes") and told.endswith(f"; taking {older}\n")
+    assert told.startswith(f"{newer}/state.json: has 2 bytes") and told.endswith(
+        f" were written; passed over for {older}\n"
+    )
     wanted, found = load_model(older).state_dict(), load_model(run).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Crew, finished, leftovers, reached, start, steps
+from processes import Crew, finished, leftovers, reached, resumption, start, steps
 from test_resume import assert_same_run, rows
 
 from sparsekit import files
@@ -127,7 +127,7 @@ def test_a_kill_inside_a_save(saving: dict[str, Any], tmp_path: Path, moment: An
     for folder in part.checkpoints:
         verify(folder)
     assert leftovers(part) or moment.args[-1] is True
-    assert told_by(start(saving, part.folder), 0) == []
+    assert told_by(start(saving, part.folder), 0) == [resumption(part, saved[-1])]
     assert leftovers(part) == []
     assert steps(part) == steps(whole)
     assert_same_run(whole, part)
@@ -144,17 +144,19 @@ def test_a_checkpoint_put_aside_stays_until_it_is_overtaken(
     part = Run(Path(shutil.copytree(whole.folder, tmp_path / "part")))
     for folder in part.checkpoints[2:]:
         (folder / "state.json").unlink()
-    lines = told_by(start(saving, part.folder, prepare=moment), -signal.SIGKILL)
+    *lines, last = told_by(start(saving, part.folder, prepare=moment), -signal.SIGKILL)
+    assert last == resumption(part, 6)
     assert [line.partition(": ")[0] for line in lines] == [
         f"{part.folder}/checkpoints/step-{step:08d}/state.json" for step in (12, 9)
     ]
-    assert all(line.endswith(f"; going on from {part.checkpoints[1]}") for line in lines)
+    assert all(line.endswith("; passed over") for line in lines)
     aside = {path.name for path in (part.folder / "checkpoints").glob("past-*")}
     assert aside == {"past-step-00000012"} | ({"past-step-00000009"} if moment.func is at_seal else set())
     assert steps(part) == ([3, 6] if moment.args[-1] is False else [3, 6, 9])
     for folder in part.checkpoints:
         verify(folder)
-    assert told_by(start(saving, part.folder), 0) == []
+    resumed = resumption(part, steps(part)[-1])
+    assert told_by(start(saving, part.folder), 0) == [resumed]
     assert sorted(path.name for path in (part.folder / "checkpoints").iterdir()) == [
         path.name for path in whole.checkpoints
     ]
@@ -202,7 +204,7 @@ def test_a_stop_during_evaluation(saving: dict[str, Any], tmp_path: Path, step: 
     crew = start(saving, part.folder, prepare=partial(in_evaluation, signal.SIGTERM))
     assert told_by(crew, 0) == [f"{part.folder}: stopped and saved at step {step}"]
     assert steps(part) == [step] and "val_loss" not in part.metrics[-1]
-    assert told_by(start(saving, part.folder), 0) == []
+    assert told_by(start(saving, part.folder), 0) == [resumption(part, step)]
     if step < 12:
         assert_same_run(whole, part)
     else:  # no step is left after which to save again

@@ -182,6 +182,7 @@ def test_falls_back_to_the_newest_whole_checkpoint(raw: dict[str, Any], tmp_path
 
 
 def test_a_resume_hashes_each_file_once(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw["train"]["checkpoint_every"] = None
     part = train(validate(with_stop(raw, 6)), out=tmp_path / "part")
     (folder,) = part.checkpoints
     hashed: list[Path] = []

@@ -142,6 +142,17 @@ def test_checkpoints_kept_by_policy(raw: dict[str, Any], tmp_path: Path) -> None
     assert [int(path.name[5:]) for path in run.checkpoints] == [5, 10, 11, 12]
 
 
+@pytest.mark.parametrize(("n", "saved"), [(12, [2, 4, 6, 8, 10, 12]), (25, [*range(3, 25, 3), 25]), (3, [1, 2, 3])])
+def test_unless_told_otherwise_a_kill_costs_a_tenth(
+    raw: dict[str, Any], tmp_path: Path, n: int, saved: list[int]
+) -> None:
+    raw["train"] |= {"max_steps": n, "keep": {"last": 99}}
+    run = train(validate(raw), out=tmp_path / "run")
+    assert [int(path.name[5:]) for path in run.checkpoints] == saved
+    raw["train"]["checkpoint_every"] = None
+    assert [path.name for path in train(validate(raw), out=tmp_path / "end").checkpoints] == [f"step-{n:08d}"]
+
+
 def test_best_checkpoint_is_kept(raw: dict[str, Any], tmp_path: Path) -> None:
     raw["train"] |= {"eval_every": 2, "keep": {"last": 1}, "max_steps": 24, "schedule": "constant"}
     raw["train"]["optimizer"]["lr"] = 0.2  # far too high, so that the loss goes up and down
