@@ -64,6 +64,19 @@ class ByHand(nn.Module):
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((angle.sin(), angle.sin()), -1), persistent=False)
 
+    @torch.no_grad()
+    def take(self, model: nn.Module) -> ByHand:
+        """The weights of a model built from a spec, so that both must come to the same losses."""
+        pairs = [(self.table.weight, model.embedding.weight), (self.head.weight, model.head.weight)]
+        for i, layer in enumerate(model.layers):
+            pairs += [(getattr(self, name)[i].weight, getattr(layer.attention, name).weight) for name in "qkvo"]
+            pairs += [
+                (getattr(self, name)[i].weight, getattr(layer.ffn, name).weight) for name in ("gate", "up", "down")
+            ]
+        for own, theirs in pairs:
+            own.copy_(theirs)
+        return self
+
     def forward(self, ids: Tensor) -> Tensor:
         batch, seq = ids.shape
         x = self.table(ids)
@@ -149,10 +162,11 @@ def compare(shape: str, steps: int, rounds: int, device: torch.device, show_prof
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     batch_of_ids = Batch(inputs, targets, None, targets.numel())
+    by_spec = [build_model(spec_of(*sizes), seed=0, device=device) for _ in range(2)]
     sides = [
-        Side("by hand, whole", ByHand(*sizes).to(device), dtype, autocast, False, "whole"),
-        Side("spec, whole", build_model(spec_of(*sizes), device=device), dtype, autocast, True, "whole"),
-        Side("spec, layers", build_model(spec_of(*sizes), device=device), dtype, autocast, True, "layers"),
+        Side("by hand, whole", ByHand(*sizes).to(device).take(by_spec[0]), dtype, autocast, False, "whole"),
+        Side("spec, whole", by_spec[0], dtype, autocast, True, "whole"),
+        Side("spec, layers", by_spec[1], dtype, autocast, True, "layers"),
     ]
     losses = {}
     for side in sides:
