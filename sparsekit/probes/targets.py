@@ -99,11 +99,16 @@ def _step(checkpoint: Path) -> int | None:
 def _hugging_face(path: str, device: str | torch.device, dtype: torch.dtype | None) -> Subject:
     try:
         from transformers import AutoModelForCausalLM
+
+        import sparsekit.interop.huggingface  # noqa: F401 (registers what we export ourselves)
     except ImportError:
         raise SparsekitError(f"{HUGGING_FACE}{path}: needs transformers: pip install 'sparsekit[hf]'") from None
+    from sparsekit.interop.config import quiet
+
     wanted: Any = dtype or ("auto" if torch.device(device).type == "cuda" else torch.float32)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{HUGGING_FACE}{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
     config = model.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from sparsekit.errors import SpecError
 from sparsekit.model.build import build_model
 from sparsekit.probes.base import Tokens
-from sparsekit.probes.jacobian import METRICS, Jacobian, jackknife_error, metrics
+from sparsekit.probes.jacobian import METRICS, Jacobian, jackknife_error, metrics, spectral_norm
 from sparsekit.probes.jacobian_estimates import direction_metrics
 from sparsekit.probes.jacobian_products import Copies, exact_sum, push_sums
 from sparsekit.probes.layered import layered
@@ -368,3 +370,23 @@ def test_a_hugging_face_window_is_not_taken_for_plain_attention():
     found, exact = (probe(view, tokens, method=m, mean_jacobian=True) for m in ("auto", "exact"))
     assert found.meta["methods"] == ["exact"] * 2
     np.testing.assert_allclose(found.matrices["mean_jacobian"], exact.matrices["mean_jacobian"], atol=1e-10)
+
+
+def matrices() -> Iterator[tuple[str, torch.Tensor]]:
+    for d in (1, 2, 17, 40, 300):
+        noise, u, v = (torch.randn(*size, dtype=torch.float64) for size in ((d, d), (d,), (d,)))
+        yield f"noise {d}", noise
+        yield f"identity {d}", torch.eye(d, dtype=torch.float64)
+        yield f"nothing {d}", torch.zeros(d, d, dtype=torch.float64)
+        yield f"rank one {d}", torch.outer(u, v)
+        yield f"one direction beside the identity {d}", torch.eye(d) + 20 * torch.outer(u, v) / d
+        yield f"nearly equal {d}", torch.linspace(1, 1.0001, d, dtype=torch.float64).diag()
+
+
+def test_the_spectral_norm_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    for name, j in matrices():
+        wanted = torch.linalg.svdvals(j)[0]
+        torch.testing.assert_close(spectral_norm(j), wanted, rtol=1e-13, atol=1e-15, msg=name)
+        torch.testing.assert_close(spectral_norm(j, most=3), wanted, rtol=1e-13, atol=1e-15, msg=f"{name}, cut short")
+    assert spectral_norm(torch.full((5, 5), torch.nan, dtype=torch.float64)).isnan()

@@ -130,9 +130,8 @@ import os, sys, time
 from pathlib import Path
 from sparsekit.files import sole
 with sole(Path(sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # the child itself, which has let go by now
     time.sleep(60)
 """
 

@@ -1,0 +1,240 @@
+"""A sparsifier at work in a model: hooks before its projections, or forwards that skip what is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.components.contracts import ForwardContext
+from sparsekit.errors import DataError
+from sparsekit.model.decoder import Decoder
+from sparsekit.probes.anatomy import Weight
+from sparsekit.probes.layered import LayeredModel
+from sparsekit.sparsifiers.rules import Rule
+from sparsekit.sparsifiers.sites import FeedForward
+
+MOST_ROWS = 8  # tokens at a time for which kernels read what is active only
+SiteOf = tuple[int, str]  # layer, projection
+
+
+class Target(NamedTuple):
+    """A projection whose input is masked, and the feed-forward that it ends, where it does."""
+
+    weight: Weight
+    rule: Rule
+    parts: FeedForward | None = None
+
+
+class Site:
+    """One projection's input: masks it, counts what is 0 then, and remembers what its gate was computed from.
+
+    Args:
+        observe: told the scores of each input, [..., I]; then nothing is masked.
+    """
+
+    def __init__(self, target: Target, observe: Callable[[Tensor], None] | None = None, count: bool = False):
+        self.weight, self.rule, self.parts = target
+        self.observe, self.count = observe, count
+        self.zeros: Tensor | None = None
+        self.entries = 0
+        self._read: Tensor | None = None
+
+    def hooks(self, undo: ExitStack) -> None:
+        """Puts it to work until ``undo`` closes."""
+        assert self.weight.module is not None
+        if self.rule.by_gate:
+            assert self.parts is not None
+            undo.callback(self.parts.reader.register_forward_pre_hook(self.remember, with_kwargs=True).remove)
+            undo.callback(setattr, self, "_read", None)
+        undo.callback(self.weight.module.register_forward_pre_hook(self._before).remove)
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What the feed-forward reads."""
+        self._read = args[0] if args else next(x for x in kwargs.values() if isinstance(x, Tensor))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x, *rest = args
+        if self.observe is not None:
+            self.observe(self.rule.scores(self._scored(self.rule.coordinates(x))))
+            return None
+        masked = self.masked(x)
+        if self.count:
+            zeros = (masked == 0).sum()
+            self.zeros = zeros if self.zeros is None else self.zeros + zeros
+            self.entries += masked.numel()
+        return self.rule.back(masked), *rest
+
+    def _scored(self, told: Tensor) -> Tensor:
+        """What is compared with the limit."""
+        if not self.rule.by_gate:
+            return told
+        assert self.parts is not None and self._read is not None, "a feed-forward is read before its end"
+        return self.parts.gates(self._read).view(told.shape)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """An input with 0 in place of what is dropped, in the rule's basis."""
+        told = self.rule.coordinates(x)
+        return torch.where(self.rule.keep(self._scored(told)), told, 0)
+
+
+class Installed:
+    """Masks in a model until :meth:`remove`, after which it is what it was, bit for bit; a context manager.
+
+    Weights are never written to: in a basis V a projection reads V mask(V^T x), of which it makes what W V makes of
+    mask(V^T x).
+
+    Args:
+        targets: what to mask.
+        kernels: up to 8 tokens at a time, without gradients, read only what is active; weights are kept once more for
+            that, transposed. Otherwise projections are dense and their inputs masked.
+        count: count zeros, for :meth:`realised`; not where kernels are used.
+
+    Raises:
+        DataError: kernels, and a feed-forward that does more than is known of it.
+    """
+
+    def __init__(
+        self, view: LayeredModel, targets: Mapping[SiteOf, Target], kernels: bool = False, count: bool = True
+    ):
+        self.sites = {where: Site(target, count=count and not kernels) for where, target in targets.items()}
+        self._undo = ExitStack()
+        try:
+            run_eagerly(self._undo, view.model)
+            for (layer, _), site in self.sites.items():
+                forward = _sparse(site) if kernels else None
+                if forward is None:
+                    site.hooks(self._undo)
+                else:
+                    forward.put_in(self._undo)
+                    _verify(forward, view, layer)
+        except BaseException:
+            self.remove()
+            raise
+
+    def realised(self) -> dict[SiteOf, float]:
+        """The share of zeros at each masked input, in all that went through since the installation."""
+        return {w: float(s.zeros) / s.entries for w, s in self.sites.items() if s.zeros is not None and s.entries}
+
+    def remove(self) -> None:
+        """Takes everything out; twice does no harm."""
+        self._undo.close()
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+def run_eagerly(undo: ExitStack, model: nn.Module) -> None:
+    """Compiled modules do without compilation meanwhile, as it does not see hooks that come later."""
+    for module in model.modules():
+        if module._compiled_call_impl is not None:
+            undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module._compiled_call_impl = None
+
+
+# --- forwards that skip
+
+
+class SparseForward:
+    """In place of a module's forward; more than 8 rows, or with gradients, go the dense way."""
+
+    def __init__(self, module: nn.Module, site: Site):
+        self.module, self.site = module, site
+        self.dense: Any = module.forward
+
+    def put_in(self, undo: ExitStack) -> None:
+        undo.callback(_put_back, self.module, self.module.__dict__.get("forward"))
+        self.module.forward = self
+
+    def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Any:
+        if x.numel() > MOST_ROWS * x.shape[-1] or torch.is_grad_enabled():
+            return self.masked_dense(x, *rest, **options)
+        return self.skipping(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    def masked_dense(self, x: Tensor, *rest: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def skipping(self, x_BI: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SparseLinear(SparseForward):
+    """y = W mask(x) + b; of W those columns are read whose input is not 0."""
+
+    def __init__(self, module: nn.Module, site: Site):
+        super().__init__(module, site)
+        weight, basis = site.weight.weight, site.rule.basis_II
+        turned = weight if basis is None else (weight.to(basis.dtype) @ basis).to(weight.dtype)
+        self.weight_IO, self.bias = turned.T.contiguous(), site.weight.bias
+
+    def masked_dense(self, x: Tensor, *rest: Any, **options: Any) -> Any:
+        return self.dense(self.site.rule.back(self.site.masked(x)), *rest, **options)
+
+    def skipping(self, x_BI: Tensor) -> Tensor:
+        from sparsekit.sparsifiers.kernels import rows_matvec
+
+        y_BO = rows_matvec(self.site.masked(x_BI), self.weight_IO)
+        return y_BO if self.bias is None else y_BO + self.bias
+
+
+class SparseFeedForward(SparseForward):
+    """y = W_down mask(act(W_gate x) * (W_up x)): the dense gate says which rows of W_up and W_down^T are read."""
+
+    def __init__(self, module: nn.Module, site: Site, parts: FeedForward, up: Weight):
+        super().__init__(module, site)
+        self.parts, self.up_bias, self.down_bias = parts, up.bias, parts.down.bias
+        self.up_FD, self.down_FD = up.weight.contiguous(), parts.down.weight.T.contiguous()
+
+    def masked_dense(self, x: Tensor, *rest: Any, **options: Any) -> Any:
+        with ExitStack() as undo:
+            self.site.hooks(undo)
+            self.site.remember(self.module, (x,), {})  # hooks before the module itself have run by now
+            return self.dense(x, *rest, **options)
+
+    def skipping(self, x_BI: Tensor) -> Tensor:
+        from sparsekit.sparsifiers.kernels import columns_matvec, rows_matvec
+
+        gate_BF = self.parts.gates(x_BI)
+        keep_BF = self.site.rule.keep(gate_BF)
+        up_BF = columns_matvec(x_BI, self.up_FD, keep_BF)
+        up_BF = up_BF if self.up_bias is None else up_BF + self.up_bias
+        y_BD = rows_matvec(torch.where(keep_BF, gate_BF * up_BF, 0), self.down_FD)
+        return y_BD if self.down_bias is None else y_BD + self.down_bias
+
+
+def _sparse(site: Site) -> SparseForward | None:
+    """A forward for the site's projection, or for its whole feed-forward; None where that is no module of its own."""
+    parts, module = site.parts, site.weight.module
+    if not site.rule.by_gate:
+        assert module is not None
+        return SparseLinear(module, site)
+    if parts is None or parts.module is None or parts.up is None:
+        return None
+    return SparseFeedForward(parts.module, site, parts, parts.up)
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
+
+
+def _verify(forward: SparseForward, view: LayeredModel, layer: int) -> None:
+    """Holds a forward that skips against its masked dense self."""
+    width = view.d_model if isinstance(forward, SparseFeedForward) else forward.site.weight.weight.shape[1]
+    x_11I = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(layer)).to(view.device, view.dtype)
+    rest = (ForwardContext(),) if isinstance(view.model, Decoder) else ()
+    with torch.no_grad():
+        got, wanted = forward(x_11I, *rest), forward.masked_dense(x_11I, *rest)
+    bound = {torch.float64: 1e-9, torch.float32: 1e-4}.get(view.dtype, 3e-2)
+    if got.shape != wanted.shape or not (got - wanted).norm() <= bound * wanted.norm() + 1e-6:
+        name = type(forward.module).__name__
+        raise DataError(f"layer {layer}: {name} does more than its projections say; install without kernels")

@@ -1,0 +1,108 @@
+"""Which entries of a projection's input stay: those whose score is above a threshold, or among the k largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekit.probes.neurons import wide
+
+SAMPLE = 1 << 22  # scores that a quantile is taken of
+
+
+class Limit(NamedTuple):
+    """What calibration found for one site.
+
+    Attributes:
+        threshold: one number, or one an input [I]; None where ``k`` is given.
+        k: how many entries of a token stay.
+    """
+
+    threshold: Tensor | None = None
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An entry x_i is put to 0 unless its score is above the limit; nan is never dropped.
+
+    The score is |x_i| weight_i; or |g_i| weight_i with g what the feed-forward's gate lets through. In a ``basis`` V
+    (orthogonal, [I, I]) entries are those of V^T x, and what the projection reads is turned back.
+
+    Attributes:
+        inclusive: a score equal to the threshold stays.
+    """
+
+    limit: Limit
+    weight_I: Tensor | None = None
+    by_gate: bool = False
+    inclusive: bool = False
+    basis_II: Tensor | None = None
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[..., I], in float32 or wider."""
+        size = x.to(wide(x.dtype)).abs()
+        return size if self.weight_I is None else size * self.weight_I
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Whether each entry stays, [..., I] of bool, by x or, where ``by_gate``, by gates."""
+        scores = self.scores(x)
+        if self.limit.k is not None:
+            return largest(scores, self.limit.k)
+        threshold = self.limit.threshold
+        assert threshold is not None
+        threshold = threshold.to(scores)
+        return ~(scores < threshold) if self.inclusive else ~(scores <= threshold)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """x in the basis that it is masked in."""
+        return x if self.basis_II is None else x @ self.basis_II.to(x.dtype)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`coordinates`."""
+        return x if self.basis_II is None else x @ self.basis_II.to(x.dtype).T
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """True for the k largest of each row [..., I], exactly k."""
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.scatter(-1, scores.topk(min(k, scores.shape[-1]), dim=-1).indices, True)
+
+
+def n_kept(share: float, width: int) -> int:
+    """round(share width), at least one."""
+    return max(1, round(share * width))
+
+
+class Sample:
+    """Scores seen so far, a fixed number of them drawn at random where there are more.
+
+    Args:
+        batches: how many will come; each gives as much.
+    """
+
+    def __init__(self, batches: int, seed: int):
+        self.most = max(1, SAMPLE // batches)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._parts: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        flat = scores.detach().flatten()
+        if flat.numel() > self.most:
+            chosen = torch.randint(flat.numel(), (self.most,), generator=self._generator)
+            flat = flat[chosen.to(flat.device)]
+        self._parts.append(flat.clone())
+
+    def quantile(self, share: float) -> Tensor:
+        """The largest t such that a share of the scores, to the nearest one, is at most t; 0 for a share of 0."""
+        return quantile(torch.cat(self._parts), share)
+
+
+def quantile(scores: Tensor, share: float) -> Tensor:
+    """The smallest t such that round(share n) of n scores >= 0 are at most t; 0 for none."""
+    flat = scores.flatten()
+    k = round(share * flat.numel())
+    return flat.new_zeros(()) if not k else flat.kthvalue(k).values
