@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Device, Json
+from .sparsify import CalibrationText, Sparsifier, under
 
 
 def probe(
@@ -39,6 +40,8 @@ def probe(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the windows, and of what probes draw.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    sparsifier: Sparsifier = None,
+    calibration: CalibrationText = None,
     device: Device = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 …; by default as the device likes.", show_default=False)
@@ -58,13 +61,16 @@ def probe(
     found = {}
     for target in targets:
         folder = _folder(target, out, len(targets) > 1)
+        sparse = under(sparsifier, calibration, target)
         with _shown() as report:
             found[target] = run(
                 target, chosen, data, sequences=sequences, seq_len=seq_len, seed=seed, batch_size=batch,
                 device=device, dtype=_dtype(dtype), out=folder, plots=plots, report=report,
+                within=None if sparse is None else lambda subject, sparse=sparse: sparse(subject.model),
             )  # fmt: skip
         where = folder or "the run's probes/"
-        print(f"{target}: {len(found[target])} results in {where}", file=sys.stderr)
+        n = len(found[target])
+        print(f"{target}: {n} result{'s' if n != 1 else ''} in {where}", file=sys.stderr)
     if as_json:
         told = {target: {name: _scalars(r) for name, r in results.items()} for target, results in found.items()}
         print(json.dumps(told if len(targets) > 1 else told[targets[0]], indent=2))
