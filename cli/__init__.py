@@ -11,7 +11,7 @@ import typer
 from sparsekit.errors import SparsekitError, SpecError, UnknownNameError
 from sparsekit.registry import OURSELVES, own_version
 
-from . import catalogue, data, eval, interop, models, probe, runs
+from . import catalogue, data, eval, interop, models, new, probe, runs, sparsify
 
 app = typer.Typer(
     name="sparsekit",
@@ -42,6 +42,7 @@ app.command()(models.describe)
 app.command()(models.validate)
 app.command()(runs.train)
 app.command()(probe.probe)
+app.command()(sparsify.sparsify)
 app.command()(runs.generate)
 app.command("eval")(eval.evaluate)
 app.command()(data.tokenize)
@@ -50,6 +51,7 @@ app.command()(interop.export)
 app.command("list")(catalogue.list_entries)
 app.command()(catalogue.show)
 app.command()(models.schema)
+app.add_typer(new.new, name="new")
 
 
 def main() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
 import textwrap
+import time
 import types
+from multiprocessing.connection import Connection
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -18,7 +21,9 @@ from sparsekit.registry import KINDS, Entry, Registry, registry
 
 from .options import Json
 
-CHECK_SECONDS = 60
+CHECK_SECONDS = 60.0
+SLOW_SECONDS = 3.0
+TRAITS = ("causal", "batch_coupled", "stateful", "token_wise", "grouped", "caches", "fullgraph")
 
 
 def list_entries(
@@ -57,14 +62,20 @@ def _print_kind(kind: Registry, column: int) -> None:
 
 
 def _check(entries: list[Entry], problems: list[str]) -> None:
-    foreign = [entry for entry in entries if not entry.built_in]
-    problems = problems + [line for entry in foreign for line in _import_problem(entry)]
+    packages: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if not entry.built_in:
+            packages.setdefault(entry.owner, []).append(entry)
+    if packages:
+        import sparsekit.components.contracts  # noqa: F401 (torch, once for all that are tried)
+    problems = problems + [line for each in packages.values() for line in _import_problems(each)]
     _tell(problems)
     if problems:
         raise typer.Exit(1)
-    n = len({entry.owner for entry in foreign})
-    packages = f"{n} package{'s' if n > 1 else ''}"
-    print(f"all {len(foreign)} entries of {packages} work" if foreign else "no plug-in is installed")
+    n = len(packages)
+    count = sum(map(len, packages.values()))
+    works = f"all {count} entries of {n} package{'s' if n > 1 else ''} work" if count > 1 else "the one entry works"
+    print(works if packages else "no plug-in is installed")
 
 
 def _tell(problems: list[str]) -> None:
@@ -72,20 +83,53 @@ def _tell(problems: list[str]) -> None:
         print(f"problem: {line}", file=sys.stderr)
 
 
-def _import_problem(entry: Entry) -> list[str]:
-    """A line if a plug-in's entry cannot be imported, tried in a process of its own, which may crash or hang."""
-    code = (
-        "import sys; from sparsekit.errors import SparsekitError; from sparsekit.registry import registry\n"
-        "try: registry(sys.argv[1]).get(sys.argv[2])\n"
-        "except SparsekitError as error: sys.exit(str(error))"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, entry.kind, entry.name], capture_output=True, text=True, timeout=CHECK_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return [f"{entry.kind} {entry.name!r} of {entry.owner} does not import within {CHECK_SECONDS} s"]
-    return [done.stderr.strip().splitlines()[-1]] if done.returncode else []
+def _import_problems(entries: list[Entry]) -> list[str]:
+    """A line for each of a package's entries that cannot be imported.
+
+    They are tried in a process of the package's own, which may crash or hang; what comes after that is not tried.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_try_imports, args=(entries, sender))
+    process.start()
+    sender.close()
+    problems: list[str] = []
+    for i, entry in enumerate(entries):
+        began = time.monotonic()
+        what = f"{entry.kind} {entry.name!r} of package {entry.owner} {entry.version}"
+        rest = f"; not tried: its {len(entries) - i - 1} other entries" if i + 1 < len(entries) else ""
+        try:
+            if not receiver.poll(CHECK_SECONDS):
+                problems.append(f"{what} does not import within {CHECK_SECONDS:.0f} s{rest}")
+                break
+            problem = receiver.recv()
+        except EOFError:
+            process.join()
+            problems.append(f"{what} ends the process that imports it (exit code {process.exitcode}){rest}")
+            break
+        seconds = time.monotonic() - began
+        if problem:
+            problems.append(problem)
+        elif seconds > SLOW_SECONDS:
+            print(f"slow: {what} takes {seconds:.1f} s to import, whenever it is used", file=sys.stderr)
+    process.kill()
+    process.join()
+    return problems
+
+
+def _try_imports(entries: list[Entry], sender: Connection) -> None:
+    """Sends for each what is wrong with it, or nothing."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what it prints is not ours to print
+        os.dup2(nothing, stream)
+    for entry in entries:
+        try:
+            cls = registry(entry.kind).get(entry.name)
+            ours = hasattr(getattr(cls, "Params", None), "model_fields")
+            what = f"{entry.kind} {entry.name!r} of package {entry.owner} ({entry.target})"
+            sender.send("" if ours else f"{what} has no Params that derive from sparsekit.Params")
+        except SparsekitError as error:
+            sender.send(str(error))
 
 
 def show(
@@ -107,17 +151,63 @@ def show(
         raise SparsekitError(f"show {kind}: {known}, or a section of a spec: {', '.join(sections)}")
     entry = registry(kind).entry(name)
     cls = registry(kind).get(name)
+    if not hasattr(getattr(cls, "Params", None), "model_fields"):
+        what = f"{kind} {name!r} of package {entry.owner} ({entry.target})"
+        raise SparsekitError(f"{what} has no Params that derive from sparsekit.Params")
     parameters = [_parameter(key, field) for key, field in cls.Params.model_fields.items()]
-    traits = {key: getattr(cls, key) for key in ("causal", "batch_coupled", "grouped") if hasattr(cls, key)}
+    traits = {key: getattr(cls, key) for key in TRAITS if isinstance(getattr(cls, key, None), bool)}
+    (slot, use), runs = _example(kind, name), _runs_on(kind, name, cls)
     if as_json:
-        told = {"kind": kind, "name": name, "owner": entry.owner, "version": entry.version, "source": entry.source}
-        print(json.dumps({**told, "doc": inspect.getdoc(cls), "parameters": parameters, **traits}, indent=2))
+        source = entry.source or _source(cls)
+        told: dict[str, Any] = {"kind": kind, "name": name, "owner": entry.owner, "version": entry.version}
+        told |= {"source": source, "doc": inspect.getdoc(cls), "parameters": parameters}
+        told |= {**traits, **runs, "example": slot}
+        print(json.dumps(told, indent=2))
         return
     print(f"{kind} {name}, of {entry.owner} {entry.version} ({entry.target})\n")
     print(inspect.getdoc(cls) or "no description")
     _print_parameters(parameters)
     if traits:
         print("\n" + "  ".join(f"{key}: {'yes' if value else 'no'}" for key, value in traits.items()))
+    if runs:
+        print("\n" + "\n".join(f"{key}: {', '.join(values) or 'none'}" for key, values in runs.items()))
+    print(f"\nexample\n  {use}")
+
+
+def _source(cls: Any) -> str:
+    """The paragraph of a docstring that says where a method comes from."""
+    paragraphs = (inspect.getdoc(cls) or "").split("\n\n")
+    return next((" ".join(p.split()).removeprefix("Source: ") for p in paragraphs if p.startswith("Source: ")), "")
+
+
+def _runs_on(kind: str, name: str, cls: Any) -> dict[str, list[str]]:
+    """Of a kernel where it runs and what it can do; of an attention that has kernels, which of them do as it is."""
+    from sparsekit.components.kernels import able_to
+    from sparsekit.examples import example_slot
+    from sparsekit.spec.slot import Slot
+
+    if kind == "kernel":
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in cls.dtypes]
+        told = {"devices": list(cls.devices), "gradients": list(cls.gradients), "dtypes": dtypes}
+        told["features"] = sorted(cls.features)
+        package = cls.package
+        return told | ({"needs": [f"{package[0]} (pip install 'sparsekit[{package[1]}]')"]} if package else {})
+    if kind == "attention" and hasattr(cls, "rule"):
+        params = Slot(kind).validate(example_slot(kind, name)).params
+        return {"kernels": able_to(cls.rule(params, 64).features)}
+    return {}
+
+
+def _example(kind: str, name: str) -> tuple[dict[str, Any] | None, str]:
+    """A slot that validates, and how it is used: as a part of a spec or on a command line."""
+    from sparsekit.examples import example_slot, fragment, inline
+
+    try:
+        slot = example_slot(kind, name)
+    except ValueError as error:
+        return None, f"none: {error}"
+    part = fragment(kind, slot)
+    return slot, json.dumps(part) if part is not None else f"sparsekit sparsify RUN --sparsifier {inline(slot)}"
 
 
 def _print_parameters(parameters: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Device, Json
+from .sparsify import CalibrationText, Sparsifier, under
 
 
 def evaluate(
@@ -35,6 +36,8 @@ def evaluate(
         bool, typer.Option("--bos", help="Begins every context with the token that begins a document.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples, and of tasks that sample.")] = 1234,
+    sparsifier: Sparsifier = None,
+    calibration: CalibrationText = None,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 …")] = "float32",
     output: Annotated[
@@ -59,6 +62,7 @@ def evaluate(
     record = run(
         target, names, include_path=include_path, limit=whole, num_fewshot=num_fewshot, batch_size=batch_size,
         device=str(usable(device, "--device")), dtype=dtype, add_bos=bos, seed=seed, output=output,
+        within=under(sparsifier, calibration, target),
     )  # fmt: skip
     if as_json:
         print(json.dumps(record, indent=2))

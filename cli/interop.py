@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +36,26 @@ def export(
     check: Check = True,
 ) -> None:
     """Writes a model as a Hugging Face folder."""
+    from sparsekit.errors import SparsekitError
+
+    if target.startswith("hf:"):
+        raise SparsekitError(f"{target}: is one already; export takes a run's folder or a checkpoint's")
     from sparsekit.interop.exporting import export as export_folder
 
     _tell(export_folder(target, out, family=family, check=check))
+
+
+@contextmanager
+def taken_in(target: str) -> Iterator[str]:
+    """A target's path; that of ``hf:FOLDER_OR_NAME`` is a temporary folder, into which it is imported."""
+    if not target.startswith("hf:"):
+        yield target
+        return
+    from sparsekit.interop.importing import import_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        import_folder(target, Path(folder) / "model", check=False)
+        yield str(Path(folder) / "model")
 
 
 def _tell(found: Any) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-Target = Annotated[str, typer.Argument(help="A spec, a run folder or a checkpoint folder.", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(help="A spec, a run folder, a checkpoint folder, or hf:FOLDER_OR_NAME.", show_default=False)
+]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="PATH=VALUE", help="Changes a field of the spec, such as train.optimizer.lr=3e-4."),

@@ -62,11 +62,12 @@ def probe(
     for target in targets:
         folder = _folder(target, out, len(targets) > 1)
         sparse = under(sparsifier, calibration, target)
+        within: Any = None if sparse is None else (lambda subject, sparse=sparse: sparse(subject.model))
         with _shown() as report:
             found[target] = run(
                 target, chosen, data, sequences=sequences, seq_len=seq_len, seed=seed, batch_size=batch,
                 device=device, dtype=_dtype(dtype), out=folder, plots=plots, report=report,
-                within=None if sparse is None else lambda subject, sparse=sparse: sparse(subject.model),
+                within=within,
             )  # fmt: skip
         where = folder or "the run's probes/"
         n = len(found[target])

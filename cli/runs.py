@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .interop import taken_in
 from .options import Device, Overrides, Target
+from .sparsify import CalibrationText, Sparsifier, under
 
 PROMPTS_AT_A_TIME = 16
 
@@ -21,14 +24,19 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME.", show_default=False)] = None,
     resume: Annotated[str, typer.Option(help="auto, never (start over), or a checkpoint to go on from.")] = "auto",
 ) -> None:
-    """Trains a model from a spec; goes on where an earlier run of the same spec stopped."""
+    """Trains a model from a spec, or on from a checkpoint or an imported model; goes on with a run that stopped."""
+    from sparsekit.errors import SparsekitError
     from sparsekit.model.targets import SPEC, resolve
+    from sparsekit.model.weights import WEIGHTS
     from sparsekit.training.run import train as train_spec
 
-    spec = resolve(target, overrides).spec
+    if target.startswith("hf:"):
+        raise SparsekitError(f"{target}: bring it in first: sparsekit import {target} FOLDER; then train FOLDER")
+    begins = (Path(target) / WEIGHTS).is_dir()  # a run of its own, which begins with these weights
+    spec = resolve(target, [*([f"init_from={target}"] if begins else []), *overrides]).spec
     if not Path(target).is_dir() and os.environ.get("RANK", "0") == "0":
         _tell_defaults(target, spec)
-    if out is None and (Path(target) / SPEC).exists() and resume == "auto":
+    if out is None and not begins and (Path(target) / SPEC).exists() and resume == "auto":
         out = Path(target)  # a run's own folder: go on with it
     train_spec(spec, out=out, resume=resume)
 
@@ -70,7 +78,12 @@ def generate(
         list[str], typer.Option(metavar="TEXT", help="Ends before this text; repeats.", show_default=False)
     ] = [],  # noqa: B006 (typer reads it)
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    sparsifier: Sparsifier = None,
+    calibration: CalibrationText = None,
     device: Device = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compiles the step that decodes a token: for many tokens on a GPU.")
+    ] = False,
 ) -> None:
     """Writes text with a trained model."""
     from sparsekit.errors import CheckpointError, SparsekitError
@@ -87,27 +100,30 @@ def generate(
         raise SparsekitError(str(error)) from None
     begun = [prompt] if prompts is None else _prompts(prompts)
     here = usable(device, "--device")
-    resolved = resolve(target, weights=True)
-    if resolved.checkpoint is None:
-        raise CheckpointError(f"{target}: a spec has no weights; train it first, or give a run's folder")
-    tokenizer = resolved.tokenizer()
-    model = load_model(resolved, device=here)
-    one = len(begun) == 1
+    with taken_in(target) as path:
+        within = under(sparsifier, calibration, path, kernels=True)
+        resolved = resolve(path, weights=True)
+        if resolved.checkpoint is None:
+            raise CheckpointError(f"{target}: a spec has no weights; train it first, or give a run's folder")
+        tokenizer = resolved.tokenizer()
+        model = load_model(resolved, device=here)
+        one = len(begun) == 1
 
-    def show(index: int, text: str) -> None:
+        def show(index: int, text: str) -> None:
+            if one:
+                print(text, end="", flush=True)
+
+        show(0, begun[0])
+        with nullcontext() if within is None else within(model):
+            texts = generate_text(
+                model, tokenizer, begun, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                seed=seed, stop=stop, batch_size=PROMPTS_AT_A_TIME, compile=compiled, on_text=show,
+            )  # fmt: skip
         if one:
-            print(text, end="", flush=True)
-
-    show(0, begun[0])
-    texts = generate_text(
-        model, tokenizer, begun, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seed, stop=stop, batch_size=PROMPTS_AT_A_TIME, on_text=show,
-    )  # fmt: skip
-    if one:
-        print(flush=True)
-        return
-    for number, (start, text) in enumerate(zip(begun, texts, strict=True), start=1):
-        print(f"--- {number}\n{start}{text}")
+            print(flush=True)
+            return
+        for number, (start, text) in enumerate(zip(begun, texts, strict=True), start=1):
+            print(f"--- {number}\n{start}{text}")
 
 
 def _prompts(path: Path) -> list[str]:

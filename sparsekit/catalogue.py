@@ -583,4 +583,41 @@ BUILT_IN: dict[str, dict[str, Line]] = {
             "",
         ),
     },
+    "sparsifier": {
+        "cett": (
+            "sparsekit.sparsifiers.neurons:Cett",
+            "Drops neuron i where its output ||a_i W_down[:, i]|| is below its layer's threshold, Sparsing Law's.",
+            "Luo et al. 2024, arXiv 2411.02335, sec. 4.1",
+        ),
+        "fat_eps": (
+            "sparsekit.sparsifiers.neurons:FatEps",
+            "Drops neuron i where its gate |act(W_gate x)_i| is at most eps; where there is no gate, |a_i|.",
+            "Luo et al. 2024, arXiv 2411.02335, sec. 4.1 (FAT-eps)",
+        ),
+        "top_k": (
+            "sparsekit.sparsifiers.neurons:TopK",
+            "Keeps the k largest |a_i| of each token's neurons.",
+            "Luo et al. 2024, arXiv 2411.02335, sec. 4.1 (top-k)",
+        ),
+        "teal": (
+            "sparsekit.sparsifiers.inputs:Teal",
+            "Drops inputs |x_i| up to the projection's threshold, a quantile of them on the calibration data.",
+            "Liu et al. 2024, arXiv 2408.14690, sec. 4.2 and algorithm 1",
+        ),
+        "wina": (
+            "sparsekit.sparsifiers.inputs:Wina",
+            "Keeps the inputs with the largest |x_i| ||W[:, i]|| of each token: round((1 - sparsity) d_in), at least one.",
+            "Chen et al. 2025, arXiv 2505.19427, sec. 3",
+        ),
+        "cats": (
+            "sparsekit.sparsifiers.gates:Cats",
+            "Drops neuron i where its gate |act(W_gate x)_i| is at most its layer's threshold, the sparsity-quantile of them.",
+            "Lee et al. 2024, arXiv 2404.08763, eq. 3 and 4",
+        ),
+        "chess": (
+            "sparsekit.sparsifiers.gates:Chess",
+            "Drops neuron i where its gate |act(W_gate x)_i| is at most t_i = sqrt(T / E[(W_up x)_i^2]), channel by channel.",
+            "He et al. 2024, arXiv 2409.01366, sec. 4",
+        ),
+    },
 }

@@ -17,36 +17,15 @@ from torch import Tensor, nn
 
 from sparsekit import spec
 from sparsekit.components.contracts import Component, Embedding, ForwardContext, Linear, Routing
+from sparsekit.examples import EXAMPLES
 from sparsekit.model.build import build_model, initialise
+from sparsekit.model.cache import KVCache
 from sparsekit.model.decoder import Decoder
-from sparsekit.model.generate import KVCache
+from sparsekit.registry import OURSELVES, registry
 from sparsekit.spec.schema import json_schema
 
 VOCABULARY, BATCH, LENGTH, WIDTH = 64, 8, 16, 32
 CPU = torch.device("cpu")
-
-# What fills the required parameters of a component, by field name, so that the usual names work unaided.
-EXAMPLES: dict[str, Any] = {
-    "d_ff": 48,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 8,
-    "kv_rank": 16,
-    "k": 2,
-    "p": 0.5,
-    "window": 4,
-    "n_experts": 4,
-    "expert": {"type": "swiglu", "d_ff": 24},
-    "shared_expert": {"type": "swiglu", "d_ff": 24},
-    "router": {"type": "top_k", "k": 2},
-    "lr": 1e-3,
-    "warmup_steps": 10,
-    "path": "texts/a.txt",
-    "paths": ["texts/a.txt"],
-    "validation_path": "texts/b.txt",
-    "sources": ["embedded"],
-    "eos_id": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +133,8 @@ def example(subject: Subject) -> Iterator[str]:
 
 
 def schema(subject: Subject) -> Iterator[str]:
-    whole = json_schema()
+    entry = next(e for e in registry(subject.kind).entries() if e.name == subject.name)
+    whole = json_schema({OURSELVES, entry.owner})  # what others have installed costs nothing here
     if f"{subject.kind}.{subject.name}" not in whole["$defs"]:
         yield "is not listed in the JSON Schema"
         return
@@ -197,6 +177,8 @@ def meta_build(subject: Subject) -> Iterator[str]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_meta:
             yield f"`{subject.local(model, name)}` is on {tensor.device} although the model is built on meta"
+        if isinstance(tensor, nn.Parameter) and not tensor.ndim:
+            yield f"parameter `{subject.local(model, name)}` has no dimension; give it one, as FSDP2 shards no scalar"
 
 
 def initialisation(subject: Subject) -> Iterator[str]:
@@ -402,7 +384,7 @@ def token_wise(subject: Subject) -> Iterator[str]:
     """Permuted tokens give permuted outputs."""
     model = subject.model()
     ffn = model.layers[0].ffn
-    if ffn.stateful:
+    if ffn.stateful or not ffn.token_wise:
         return
     seen: list[tuple[Any, ...]] = []
     ffn.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
@@ -418,6 +400,8 @@ def token_wise(subject: Subject) -> Iterator[str]:
 
 def experts(subject: Subject) -> Iterator[str]:
     """Works inside a mixture of experts, whose grouped products equal its loop."""
+    if not getattr(subject.cls, "token_wise", True):
+        return
     one = subject.model(subject.spec(moe=True))
     grouped = _logits(one, subject.ids())
     loop_spec = subject.spec(moe=True)

@@ -189,15 +189,16 @@ def _plugin_entries() -> dict[str, list[Entry]]:
         text = package.read_text("entry_points.txt")
         if not text or f"[{OURSELVES}." not in text:
             continue  # most packages are passed over without being parsed
-        owner = package.metadata["Name"]
+        about = package.metadata  # parsed at each call, hence once
+        owner = about["Name"]
         if owner in seen:
             continue
         seen.add(owner)
         for point in package.entry_points:
             prefix, _, kind = point.group.partition(".")
             if prefix == OURSELVES and kind in KINDS:
-                summary = package.metadata["Summary"] or point.value  # where a package does not describe itself
-                entry = Entry(kind, point.name, point.value, owner, package.version, summary)
+                summary = about["Summary"] or point.value  # where a package does not describe itself
+                entry = Entry(kind, point.name, point.value, owner, about["Version"], summary)
                 found.setdefault(kind, []).append(entry)
     for entries in found.values():
         entries.sort(key=lambda entry: (entry.name, entry.owner))

@@ -3,9 +3,31 @@
 A plug-in's own test is one line::
 
     def test_contract():
-        check_component("ffn", MyFeedForward)
+        check_component("ffn", "my_ffn")  # a registered name, or a class that is not registered yet
 
-What is checked, and how, is in :mod:`sparsekit.checks`.
+It fails with a line for each way in which the component breaks its contract, and the name of the check at the end::
+
+    ContractError: ffn 'my_ffn': parameter `gate.weight` receives no gradient [gradients]
+    ffn 'my_ffn': output at position 3 changes when token 7 changes (in eval mode), but causal=True [causality]
+
+What each kind is held to:
+
+* every kind: a docstring, ``Params`` of :class:`sparsekit.Params`, an example that validates, also once it was dumped,
+  a place in the JSON Schema;
+* parts of a model (``MODEL_KINDS``), in a model of two layers: it is built without memory, every weight is filled, the
+  same for the same seed; shapes; finite outputs and gradients, a gradient for every parameter; no output depends on
+  later tokens or on other sequences unless ``causal = False`` or ``batch_coupled = True`` say so; eval mode draws
+  nothing; a saved model is loaded as it was; bfloat16; compiled it computes the same. Besides, attention and its parts
+  keep to documents and to their cache, and a feed-forward, an activation or a projection works in experts;
+* source: documents are texts, none empty, the same ones each time, none in both splits; tokenizer: text comes back as
+  it was, by ids below ``vocab_size``, also once saved and loaded; objective: a sum over targets; optimizer: every
+  parameter in one group, a lower loss, a state that is all there is to save; schedule: factors in [0, 1] that depend on
+  the step alone; callback: a run ends with the same weights as without it, also broken off and resumed; probe: finite
+  numbers, the same each time, of a model that is left as it was; sparsifier: limits that are the same each time, on
+  disk too, and leave no trace once removed.
+
+The checks themselves are in :mod:`sparsekit.checks` and :mod:`sparsekit.checks_beside`. Required parameters are filled
+from ``EXAMPLES`` by field name, from a field's own ``Field(examples=[...])``, or by ``params``.
 """
 
 from __future__ import annotations
@@ -18,7 +40,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from sparsekit.checks import EXAMPLES, MODEL_KINDS, NEEDED, Subject, checks_of, example
+from sparsekit.checks import MODEL_KINDS, NEEDED, Check, Subject, checks_of, example
+from sparsekit.examples import EXAMPLES, example_slot
 from sparsekit.registry import registry
 
 __all__ = ["EXAMPLES", "MODEL_KINDS", "ContractError", "check_component"]
@@ -45,7 +68,7 @@ def check_component(
     Args:
         kind: of the registry, such as "ffn".
         component: a registered name, or a class (registered under a private name meanwhile, if it is not).
-        params: its parameters; required ones that are left out are filled from ``EXAMPLES`` by field name.
+        params: its parameters; required ones that are left out are filled by their examples.
         compile_backend: of torch.compile; None leaves that check out.
         device: where the model that it is tried in lives.
         dtype: of that model: float32, or a 16-bit one for what runs in no other.
@@ -60,11 +83,11 @@ def check_component(
         label = f"{kind} {name.removeprefix('_')!r}"
         problems: dict[str, Exception | None] = {}
         subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend, device, dtype)
-        for check in checks_of(subject):
+        for check in (*checks_of(subject), *_beside(kind)):
             before = len(problems)
             try:
                 if check is example:  # the one check that finds something out
-                    subject = replace(subject, slot=_filled(subject))
+                    subject = replace(subject, slot=example_slot(kind, name, subject.slot))
                 for sentence in check(subject):
                     problems.setdefault(f"{label}: {sentence} [{check.__name__}]", None)
             except Exception as error:
@@ -73,6 +96,15 @@ def check_component(
                 break
     if problems:
         raise ContractError("\n".join(problems)) from next((e for e in problems.values() if e), None)
+
+
+def _beside(kind: str) -> tuple[Check, ...]:
+    """What a kind that is no part of a model is held to."""
+    if kind in MODEL_KINDS:
+        return ()
+    from sparsekit.checks_beside import CHECKS  # which imports all that trains and looks at models
+
+    return CHECKS.get(kind, ())
 
 
 @contextmanager
@@ -93,17 +125,6 @@ def _registered(kind: str, component: str | type) -> Iterator[str]:
         yield name
     finally:
         names.unregister(name)
-
-
-def _filled(subject: Subject) -> dict[str, Any]:
-    """The slot with an example for every required parameter that is not given."""
-    slot = dict(subject.slot)
-    for name, field in subject.cls.Params.model_fields.items():
-        if field.is_required() and name not in slot:
-            if name not in EXAMPLES:
-                raise ValueError(f"parameter {name!r} is required: give params={{{name!r}: ...}}")
-            slot[name] = EXAMPLES[name]
-    return slot
 
 
 def _sentence(error: Exception) -> str:

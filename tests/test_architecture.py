@@ -25,11 +25,15 @@ LAYERS = {
     "data": {"errors", "registry", "files", "spec"},
     "report": {"errors", "registry", "files", "spec"},
     "training": {"errors", "registry", "files", "spec", "components", "model", "data", "probes"},
-    "probes": {"errors", "registry", "files", "spec", "components", "model", "data"},
-    "sparsify": {"errors", "registry", "files", "spec", "components", "model", "data", "probes"},
+    "probes": {"errors", "registry", "files", "spec", "components", "model", "data", "interop"},
+    "sparsifiers": {"errors", "registry", "files", "spec", "components", "model", "data", "probes"},
     "interop": {"errors", "registry", "files", "spec", "components", "model", "data"},
-    "checks": {"registry", "spec", "components", "model"},
-    "testing": {"checks", "registry", "spec", "components", "model"},
+    "examples": {"registry"},
+    "checks": {"registry", "spec", "components", "model", "examples"},
+    "checks_beside": {
+        "errors", "spec", "components", "model", "data", "training", "probes", "sparsifiers", "checks", "examples",
+    },  # fmt: skip
+    "testing": {"checks", "checks_beside", "examples", "registry", "spec", "components", "model"},
     "__init__": set(),
 }
 # a mixture and an attention are made of parts that slots fill; these share code and not choices

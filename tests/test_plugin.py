@@ -5,42 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
 
 from sparsekit.registry import registry
 
+from . import environments
+from .environments import run
+
 EXAMPLE = Path(__file__).parents[1] / "plugins" / "sparsekit-example"
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment that sees this one's packages and has the example plug-in beside them."""
-    folder = tmp_path_factory.mktemp("plugin") / "venv"
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    ours = sysconfig.get_path("purelib")
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    theirs = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    # addsitedir, unlike a bare path, also follows the links of editable installs
-    (Path(theirs) / "shared.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    package = folder.with_name(EXAMPLE.name)  # a copy, since building leaves files beside the source
+    """The Python of an environment that has the example plug-in."""
+    folder = tmp_path_factory.mktemp("plugin")
+    python = environments.make(folder / "venv")
+    package = folder / EXAMPLE.name  # a copy, since building leaves files beside the source
     shutil.copytree(EXAMPLE, package)
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, str(package)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    environments.install(python, package)
     return python
-
-
-def run(python: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [python, *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
 
 
 def test_not_in_our_own_environment() -> None:
@@ -76,7 +62,7 @@ def test_trains_by_name(environment: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "spec.json").read_text())["packages"] == {"sparsekit-example": "0.1.0"}
 
     # here, where the package is not installed, the run says what is missing
-    done = run(Path(sys.executable), "-m", "sparsekit.cli", "generate", str(folder))
+    done = run(sys.executable, "-m", "sparsekit.cli", "generate", str(folder))
     assert done.returncode == 2
     missing = "packages: made with sparsekit-example 0.1.0, which is not installed; install that package"
     assert done.stderr == f"error: {missing}\n"

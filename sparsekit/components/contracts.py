@@ -23,19 +23,32 @@ ROLES = ("q", "k", "v", "o", "gate", "up", "down", "router", "head", "embed")
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Which rows of a sorted [M, D] batch belong to which expert.
+    """Which rows of a batch belong to which expert.
 
-    Either ``offsets_E`` (int32, the end of each expert's rows; rows past the last belong to none, of which there are
-    none where ``complete``), or ``expert``, one expert that owns every row.
+    Either ``offsets_E`` (int32, the end of each expert's rows in a sorted [M, D] batch; rows past the last belong to
+    none, of which there are none where ``complete``), or ``blend_GE``, by which each of G groups of rows [G, R, D] has
+    one expert of its own, whose weights are sum_e blend[g, e] W_e; or ``expert``, one expert that owns every row.
     """
 
     offsets_E: Tensor | None = None
     expert: int = 0
     complete: bool = False
+    blend_GE: Tensor | None = None
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions (see :mod:`sparsekit.model.generate`)."""
+    """Keys and values of earlier positions (see :mod:`sparsekit.model.cache`).
+
+    Attributes:
+        n_keys: how many keys ``extend`` gives back in this forward.
+        ends_with_queries: the last of them is, in every sequence, that of its last query.
+    """
+
+    @property
+    def n_keys(self) -> int: ...
+
+    @property
+    def ends_with_queries(self) -> bool: ...
 
     def extend(self, layer_index: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -54,6 +67,8 @@ class ForwardContext:
         dtype: of the stream, for what is decided before a layer sees it.
         loss_scale: this micro-batch's share of the step's tokens, by which auxiliary losses scale their gradient.
         groups: inside experts, which rows belong to which.
+        seq_len: told to a router: its rows are whole sequences of so many tokens, one after the other; None where they
+            are not, as inside experts.
     """
 
     positions_BT: Tensor | None = None
@@ -65,6 +80,7 @@ class ForwardContext:
     progress: Tensor | float = 0.0
     loss_scale: Tensor | float = 1.0
     groups: ExpertGroups | None = None
+    seq_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -299,13 +315,16 @@ class Attention(Component):
 
 
 class FeedForward(Component):
-    """A token-wise map x [..., d_model] -> [..., d_model], the contribution before it is added.
+    """A map x [..., d_model] -> [..., d_model], the contribution before it is added.
 
     Attributes:
+        token_wise: a token's output depends on that token, whatever its place and company. One that looks further (at
+            a mean over the sequence) says False: it is no expert, and generation runs the whole sequence each time.
         grouped: all its parameters come from ``build.linear``, called as ``linear(x, context)``, so that it runs as
             grouped experts unedited; one that cannot says False, and a MoE builds and loops over copies of it.
     """
 
+    token_wise: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
 
     def stacked_experts(self) -> nn.Module | None:

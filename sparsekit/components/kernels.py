@@ -18,7 +18,9 @@ from sparsekit.spec.facts import Facts, check_children
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32, torch.float64)
-FEATURES = ("window", "sinks", "document", "cache", "softcap", "alibi", "sink_logits", "normalizer", "value_dim")
+FEATURES = (
+    "window", "sinks", "document", "cache", "softcap", "alibi", "sink_logits", "normalizer", "value_dim", "own_mask",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,13 @@ class Kernel(Component):
         """The mask in the form this kernel wants it; None where plain causality in one document is all."""
         return visible(rule, n_queries, device, context)
 
+    def own_mask(self, seen_BHTS: Tensor, rule: Rule) -> Any:
+        """A mask that an attention made of its data, true where a query sees a key, in the form this kernel wants it.
+
+        Its rule asks for the feature "own_mask"; documents, the past and the cache are the mask's maker's to mind.
+        """
+        return seen_BHTS
+
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
         """Contexts [batch, heads, queries, value head_dim].
 
@@ -196,18 +205,20 @@ def _found(package: str) -> bool:
 def visible(rule: Rule, n_queries: int, device: torch.device, context: ForwardContext) -> Tensor | None:
     """True where a query sees a key, [B or 1, 1, T, S]; None where it sees all of its past in one document.
 
-    With a cache, queries stand at ``context.positions_BT`` and keys at 0 .. S-1.
+    With a cache, queries stand at ``context.positions_BT`` and keys at 0 .. S-1; None then has T = S, or one query
+    that sees all keys.
     """
-    documents, positions = context.documents_BT, context.positions_BT
-    if documents is None and rule.window is None and context.cache is None:
+    documents, positions, cache = context.documents_BT, context.positions_BT, context.cache
+    plain = cache is None or (cache.ends_with_queries and n_queries in (1, cache.n_keys))
+    if plain and documents is None and rule.window is None:
         return None
-    if context.cache is None:
+    if cache is None:
         query = torch.arange(n_queries, device=device)[None, :, None]
         key = torch.arange(n_queries, device=device)[None, None, :]
     else:
         assert positions is not None, "a cache needs the positions of its queries"
         query = positions[:, :, None]
-        key = torch.arange(int(positions[0, -1]) + 1, device=device)[None, None, :]
+        key = torch.arange(cache.n_keys, device=device)[None, None, :]
     place = key if documents is None else places(documents)[:, None, :]
     mask = sees(rule, query, key, place)
     if documents is not None:
@@ -249,7 +260,7 @@ class SDPA(Kernel):
     Source: PyTorch
     """
 
-    features = frozenset({"window", "sinks", "document", "cache", "alibi", "value_dim"})
+    features = frozenset({"window", "sinks", "document", "cache", "alibi", "value_dim", "own_mask"})
 
     def outline(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
         fuses = extras.slopes_H is None and q.shape[-1] == v.shape[-1]  # else torch takes its unfused formula
@@ -261,8 +272,9 @@ class SDPA(Kernel):
             seen = distance_TS <= 0 if mask is None else mask
             bias_HTS = extras.slopes_H[:, None, None] * distance_TS
             mask = bias_HTS.to(q.dtype).masked_fill(~seen, float("-inf"))
+        causal = mask is None and q.shape[2] > 1  # one query alone is the last, and sees all keys
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=extras.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, scale=extras.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
@@ -284,7 +296,7 @@ class Eager(Kernel):
         if extras.slopes_H is not None:
             scores_BHTS = scores_BHTS + extras.slopes_H[:, None, None] * distances(q.shape[2], k.shape[2], q.device)
         if mask is None:
-            mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            mask = distances(q.shape[2], k.shape[2], q.device) <= 0
         scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
         if extras.sink_H is not None:  # a key more, which is seen by all and then left out
             sink = extras.sink_H[None, :, None, None].to(scores_BHTS.dtype).expand(*scores_BHTS.shape[:-1], 1)
@@ -328,6 +340,11 @@ class Auto(Kernel):
         dtype = compute_dtype(device, context.dtype)
         name = self.choose(rule, device, dtype, context.documents_BT is not None, context.cache is not None)
         return name, self.kernels[name].prepare(rule, n_queries, device, context)  # type: ignore[operator]
+
+    def own_mask(self, seen_BHTS: Tensor, rule: Rule) -> Any:
+        dtype = compute_dtype(seen_BHTS.device, torch.float32)
+        name = self.choose(rule, seen_BHTS.device, dtype, documents=False, cache=False)
+        return name, self.kernels[name].own_mask(seen_BHTS, rule)  # type: ignore[operator]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, rule: Rule, extras: Extras) -> Tensor:
         name, prepared = mask

@@ -15,8 +15,8 @@ from sparsekit.components.contracts import Build, ExpertGroups, ForwardContext, 
 class PlainLinear(Linear):
     """y = x W^T + b, a dense projection.
 
-    Inside experts W is [E, d_out, d_in] and row m is multiplied by the matrix of the expert that
-    ``context.groups`` gives it to.
+    Inside experts W is [E, d_out, d_in] and a row is multiplied by the matrix of the expert, or by the blend of all,
+    that ``context.groups`` gives it to.
     """
 
     divisible = True
@@ -79,6 +79,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardCont
             "or say grouped = False in the feed-forward's class"
         )
     groups = context.groups
+    if groups.blend_GE is not None:
+        return blended(x, weight, bias, groups.blend_GE)
     if groups.offsets_E is None:
         return F.linear(x, weight[groups.expert], None if bias is None else bias[groups.expert])
     dtype = compute_dtype(x.device, x.dtype)  # autocast itself does not know the operator
@@ -88,6 +90,14 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, context: ForwardCont
         owner = torch.searchsorted(groups.offsets_E, rows, right=True).clamp(max=bias.shape[0] - 1)
         y = y + bias[owner].to(y.dtype)
     return y
+
+
+def blended(x_GRI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, blend_GE: Tensor) -> Tensor:
+    """y[g] = x[g] W[g]^T + b[g] of the blends W[g] = sum_e blend[g, e] W_e; [G, R, d_in] -> [G, R, d_out]."""
+    blend_GE = blend_GE.to(weight_EOI.dtype)
+    weight_GOI = (blend_GE @ weight_EOI.flatten(1)).unflatten(1, weight_EOI.shape[1:])
+    y_GRO = torch.bmm(x_GRI, weight_GOI.mT)
+    return y_GRO if bias_EO is None else y_GRO + (blend_GE @ bias_EO)[:, None]
 
 
 def grouped_projection(x_MI: Tensor, weight_EOI: Tensor, groups: ExpertGroups) -> Tensor:

@@ -26,68 +26,52 @@ from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
 
-class MoE(FeedForward):
-    """y_t = sum over the assignments (t, e, w) of w FFN_e(x_t), plus a shared expert that every token visits.
+class Mixture(FeedForward):
+    """Base of layers of experts: builds them, and sends tokens to them as a routing says.
 
     ``dispatch`` "grouped" sorts tokens by expert and runs all experts as grouped matrix products; "loop" runs one
-    expert after the other and is the readable reference. ``shared_combine`` "mean" gives (shared + k routed)/(k + 1),
-    k the experts a token visits. A router whose choices couple tokens (switch), inside an expert, is not causal.
-
-    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1; shared experts: Dai et al. 2024, arXiv 2401.06066, eq. 9
+    expert after the other and is the readable reference. An entry's ``Params`` have both that and ``expert``, a slot of
+    kind ffn.
     """
 
-    grouped = False  # as an expert of another MoE it is looped
-
-    class Params(FeedForward.Params):
-        n_experts: PositiveInt
-        router: Annotated[Choice, Slot("router")] = pick("top_k", k=2)
-        expert: Annotated[Choice, Slot("ffn")]
-        shared_expert: Annotated[Choice, Slot("ffn")] | None = None
-        shared_combine: Literal["sum", "mean"] = "sum"
-        dispatch: Literal["grouped", "loop"] = "grouped"
-
+    grouped = False  # as an expert of another mixture it is looped
     load: Tensor
 
     @classmethod
+    def experts_of(cls, params: Any) -> int:
+        """How many experts there are."""
+        return int(params.n_experts)
+
+    @classmethod
     def check(cls, params: Any, facts: Facts) -> None:
-        facts.child(params.router, n_experts=params.n_experts)
         facts.child(params.expert)
-        if params.shared_expert is not None:
-            facts.child(params.shared_expert)
+        demand_token_wise(params.expert)
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
-        self.n_experts: int = params.n_experts
-        self.router = build.child(params.router, n_experts=params.n_experts)
+        self.n_experts = self.experts_of(params)
         one_module = params.expert.cls.grouped
         if one_module:
-            self.experts = build.experts(params.n_experts).child(params.expert)
-            _demand_grouped(self.experts, params.expert.type)
+            self.experts = build.experts(self.n_experts).child(params.expert)
+            demand_grouped(self.experts, params.expert.type)
         else:
-            self.experts = nn.ModuleList(build.child(params.expert) for _ in range(params.n_experts))
+            self.experts = nn.ModuleList(build.child(params.expert) for _ in range(self.n_experts))
         if any(module.batch_coupled for module in self.experts.modules() if isinstance(module, Component)):
             self.causal = False  # later tokens of a sequence are among the others that an expert is sent
         self.dispatch = self._grouped if one_module and params.dispatch == "grouped" else self._loop
-        self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
-        self.counter("load", params.n_experts)
+        self.counter("load", self.n_experts)
         self.counter("load_max")
         self.counter("load_entropy")
 
-    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose
-        routing = self.router(x_ND, context)
+    def send(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """sum of w FFN_e(x_t) over the assignments (t, e, w) of each token t, and how many each expert has, [E]."""
         rows = sort_rows(routing, x_ND.shape[0], self.n_experts)
-        self._count(rows.offsets_E, x_ND.shape[0])
-        y_ND = self.dispatch(x_ND, routing, rows, context)
-        if self.shared_expert is not None:
-            shared_ND = self.shared_expert(x_ND, context)
-            k = self.router.experts_per_token
-            y_ND = shared_ND + y_ND if self.params.shared_combine == "sum" else (shared_ND + k * y_ND) / (k + 1)
-        return y_ND.to(x_BTD.dtype).view_as(x_BTD)
+        counts_E = rows.offsets_E.diff(prepend=rows.offsets_E.new_zeros(1))
+        return self.dispatch(x_ND, routing, rows, context), counts_E
 
-    def _count(self, offsets_E: Tensor, n_tokens: int) -> None:
+    def count(self, counts_E: Tensor, n_tokens: int) -> None:
         """Tokens an expert over all tokens; the largest over the mean; entropy of the shares over log E."""
-        load_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)).to(self.load.dtype) / max(n_tokens, 1)
+        load_E = counts_E.to(self.load.dtype) / max(n_tokens, 1)
         share_E = load_E / load_E.sum().clamp(min=1e-9)
         self.record("load", load_E)
         self.record("load_max", share_E.max() * self.n_experts)
@@ -118,7 +102,7 @@ class MoE(FeedForward):
     def _inside(context: ForwardContext, groups: ExpertGroups, token_M: Tensor) -> ForwardContext:
         """The context of experts, whose rows are tokens in another order: what goes by position is left out."""
         ids_M = None if context.ids_BT is None else context.ids_BT.reshape(-1)[token_M]
-        return replace(context, groups=groups, ids_BT=ids_M, documents_BT=None, positions_BT=None)
+        return replace(context, groups=groups, ids_BT=ids_M, documents_BT=None, positions_BT=None, seq_len=None)
 
     def _loop(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
         """The formula, expert by expert."""
@@ -141,12 +125,16 @@ class MoE(FeedForward):
             return expert_M.new_empty(math.ceil(expert_M.shape[0] / self.n_experts))
         return (expert_M == index).nonzero()[:, 0]
 
+    @property
+    def one_expert(self) -> nn.Module:
+        """An expert, or all of them as one module, which counts as one of them."""
+        return self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts
+
     def split(self, n: int) -> dict[str, int]:
         copies = isinstance(self.experts, nn.ModuleList)
         experts = [(f"experts.{i}", e) for i, e in enumerate(self.experts)] if copies else [("experts", self.experts)]
-        shared = [] if self.shared_expert is None else [("shared_expert", self.shared_expert)]
         parts: dict[str, int] = {}
-        for path, expert in (*experts, *shared):
+        for path, expert in experts:
             parts |= below(path, expert.split(n))
         return parts  # each routes all tokens alike, and its experts compute summands of their outputs
 
@@ -155,15 +143,61 @@ class MoE(FeedForward):
             raise ValueError("its experts run one after the other, as they cannot be grouped or dispatch is 'loop'")
         return self.experts
 
+
+class MoE(Mixture):
+    """y_t = sum over the assignments (t, e, w) of w FFN_e(x_t), plus a shared expert that every token visits.
+
+    ``shared_combine`` "mean" gives (shared + k routed)/(k + 1), k the experts a token visits. A router whose choices
+    couple tokens (switch), inside an expert, is not causal.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 1; shared experts: Dai et al. 2024, arXiv 2401.06066, eq. 9
+    """
+
+    class Params(FeedForward.Params):
+        n_experts: PositiveInt
+        router: Annotated[Choice, Slot("router")] = pick("top_k", k=2)
+        expert: Annotated[Choice, Slot("ffn")]
+        shared_expert: Annotated[Choice, Slot("ffn")] | None = None
+        shared_combine: Literal["sum", "mean"] = "sum"
+        dispatch: Literal["grouped", "loop"] = "grouped"
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> None:
+        facts.child(params.router, n_experts=params.n_experts)
+        super().check(params, facts)
+        if params.shared_expert is not None:
+            facts.child(params.shared_expert)
+            demand_token_wise(params.shared_expert)
+
+    def __init__(self, params: Any, build: Build):
+        super().__init__(params, build)
+        self.router = build.child(params.router, n_experts=params.n_experts)
+        self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose
+        seq_len = x_BTD.shape[1] if x_BTD.ndim == 3 else None
+        routing = self.router(x_ND, replace(context, seq_len=seq_len))
+        y_ND, counts_E = self.send(x_ND, routing, context)
+        self.count(counts_E, x_ND.shape[0])
+        if self.shared_expert is not None:
+            shared_ND = self.shared_expert(x_ND, context)
+            k = self.router.experts_per_token
+            y_ND = shared_ND + y_ND if self.params.shared_combine == "sum" else (shared_ND + k * y_ND) / (k + 1)
+        return y_ND.to(x_BTD.dtype).view_as(x_BTD)
+
+    def split(self, n: int) -> dict[str, int]:
+        shared = {} if self.shared_expert is None else below("shared_expert", self.shared_expert.split(n))
+        return super().split(n) | shared
+
     def active_parameters(self) -> int:
-        one = active_parameters(self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts)
         shared = 0 if self.shared_expert is None else active_parameters(self.shared_expert)
-        return round(active_parameters(self.router) + shared + self.router.experts_per_token * one)
+        routed = self.router.experts_per_token * active_parameters(self.one_expert)
+        return round(active_parameters(self.router) + shared + routed)
 
     def flops_per_token(self, seq_len: int) -> float:
-        one = self.experts[0] if isinstance(self.experts, nn.ModuleList) else self.experts
         shared = 0.0 if self.shared_expert is None else flops_per_token(self.shared_expert, seq_len)
-        routed = self.router.experts_per_token * flops_per_token(one, seq_len)
+        routed = self.router.experts_per_token * flops_per_token(self.one_expert, seq_len)
         return flops_per_token(self.router, seq_len) + shared + routed
 
 
@@ -254,7 +288,20 @@ def _summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor) -> Tensor:
     return total
 
 
-def _demand_grouped(experts: nn.Module, name: str) -> None:
+def demand_token_wise(expert: Choice) -> None:
+    """Refuses an expert that looks at more than the tokens which it is sent.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not expert.cls.token_wise:
+        raise ValueError(
+            f"expert {expert.type!r} wants whole sequences, of which an expert is sent a few tokens; "
+            f"use it as the block's ffn"
+        )
+
+
+def demand_grouped(experts: nn.Module, name: str) -> None:
     """Refuses an expert that holds parameters which all experts would share unawares."""
     for path, module in experts.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]

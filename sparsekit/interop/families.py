@@ -366,12 +366,14 @@ class Family:
         table: of its tensors.
         head_dim: it reads one, also where its config does not list it.
         stands_in: the model_type under which transformers itself runs it, and the config for that.
+        defaults: of every field of its config, where it is no model of transformers.
     """
 
     spec: Callable[[Values], Spec]
     table: Table
     head_dim: bool = True
     stands_in: tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]] | None = None
+    defaults: Mapping[str, Any] | None = None
 
 
 OURS = "sparsekit"

@@ -17,7 +17,7 @@ from sparsekit.errors import CheckpointError
 from sparsekit.interop.config import transformers
 
 SCHEME = "hf:"
-WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "config.yaml", "model.pt"]
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 BESIDE = (TOKENIZER_CONFIG, GENERATION, "special_tokens_map.json", "chat_template.jinja")  # kept for the way back
 VOCABULARIES = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -51,7 +51,7 @@ class Tensors:
     """The tensors of a folder by name, each read when it is asked for; nothing but tensors is ever unpickled.
 
     Args:
-        folder: with .safetensors files, or else .bin files.
+        folder: with .safetensors files, or else pytorch_model*.bin, or else a model.pt.
 
     Raises:
         CheckpointError: it has neither, or one is damaged.
@@ -62,7 +62,7 @@ class Tensors:
         self._open = ExitStack()
         self._places: dict[str, Any] = {}
         files = sorted(folder.glob("*.safetensors"))
-        pickles = sorted(path for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
+        pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("model.pt"))
         for path in files or pickles:
             try:
                 self._places |= self._safe(path) if files else self._pickled(path)
@@ -71,7 +71,7 @@ class Tensors:
             except Exception as error:  # pickle's own; it says at length how to read what is not safe
                 raise CheckpointError(f"{path}: holds more than tensors ({type(error).__name__}); not read") from None
         if not self._places:
-            raise CheckpointError(f"{folder}: holds no weights (.safetensors, or pytorch_model*.bin)")
+            raise CheckpointError(f"{folder}: holds no weights (.safetensors, pytorch_model*.bin or model.pt)")
         self._prefix = "" if any(name.startswith(prefix) for name in self._places) else prefix
 
     def _safe(self, path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from sparsekit.files import seal, write_json
 from sparsekit.interop.config import Config, as_config, quiet, read_raw, resolved, transformers
 from sparsekit.interop.families import FAMILIES, Family, Spec, refused
 from sparsekit.interop.folders import BESIDE, SCHEME, Tensors, locate, save_sharded, tokenizer_state
+from sparsekit.interop.olmo import FAMILY as OLMO
+from sparsekit.interop.olmo import MODEL_TYPE, is_training, read_config
 from sparsekit.interop.parity import Difference, compared, logits_of, some_ids
 from sparsekit.interop.tables import Shape, plan, to_ours
 from sparsekit.model.build import build_model
@@ -23,8 +25,10 @@ from sparsekit.model.targets import SPEC, TOKENIZER, resolve
 from sparsekit.model.weights import MODEL_PREFIX, WEIGHTS, load_weights
 from sparsekit.spec.load import dump, load_spec
 from sparsekit.spec.model import ModelSpec
+from sparsekit.spec.run import RunSpec
 
 ORIGIN = "import.json"
+TRAINED = 1024  # tokens a sequence, unless the spec of a run says otherwise
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,28 @@ def import_folder(name: str, out: str | Path, *, check: bool = True) -> Imported
         raise CheckpointError(f"{SCHEME}{name.removeprefix(SCHEME)}: {_without(str(error), folder)}") from None
 
 
+def read_spec(name: str) -> RunSpec:
+    """The spec that a folder's config describes; its weights are not looked at.
+
+    Raises:
+        CheckpointError: it is no such folder, or it holds what sparsekit cannot express.
+    """
+    folder = locate(name)
+    raw = read_config(folder) if is_training(folder) else read_raw(folder)
+    try:
+        family = family_of(raw)
+        model, _ = spec_of(config_of(raw, family), family, strict=_is_strict(family))
+    except CheckpointError as error:
+        raise CheckpointError(f"{SCHEME}{name.removeprefix(SCHEME)}: {_without(str(error), folder)}") from None
+    tokenizer = {"type": "bpe", "path": f"{SCHEME}{folder / TOKENIZER}"}  # read when it is imported
+    return load_spec({"name": folder.name, "model": model, "data": {"tokenizer": tokenizer}})
+
+
+def _is_strict(family: Family) -> bool:
+    """Whether a key that is not understood may still change the function."""
+    return family.stands_in is not None or family.defaults is not None
+
+
 def _without(told: str, folder: Path) -> str:
     return told.removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
 
@@ -77,10 +103,10 @@ def demand_free(out: Path) -> None:
 
 
 def _imported(folder: Path, name: str, out: Path, check: bool) -> Imported:
-    raw = read_raw(folder)
+    raw = read_config(folder) if is_training(folder) else read_raw(folder)
     family = family_of(raw)
     config = config_of(raw, family)
-    model_spec, remarks = spec_of(config, family, strict=family.stands_in is not None)
+    model_spec, remarks = spec_of(config, family, strict=_is_strict(family))
     spec, state, more = _run_spec(model_spec, folder, raw, out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -92,6 +118,9 @@ def _imported(folder: Path, name: str, out: Path, check: bool) -> Imported:
         for file in BESIDE:
             if (folder / file).exists():
                 shutil.copyfile(folder / file, temporary / file)
+        if check and family.defaults is not None:
+            remarks.append("logits not compared: transformers has no such model")
+            check = False
         difference = _check(folder, config, temporary) if check else None
         if difference is not None:
             difference.demand(name)
@@ -112,9 +141,12 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         CheckpointError: it is none of those known, or its weights are quantised.
     """
     kind = raw["model_type"]
+    if kind == MODEL_TYPE:
+        return OLMO
     if kind not in FAMILIES:
         near = did_you_mean(kind, FAMILIES)
-        raise CheckpointError(f"model type {kind!r} is not known{near}; known: {', '.join(FAMILIES)}")
+        known = f"model type {kind!r} is not known{near}; known: {', '.join(FAMILIES)}"
+        raise CheckpointError(f"{known}; sparsekit probe and eval take the folder as it is")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "some method")
         raise CheckpointError(f"weights quantised by {method!r} are not read; give the model before that")
@@ -126,7 +158,9 @@ def family_of(raw: Mapping[str, Any]) -> Family:
 
 
 def config_of(raw: Mapping[str, Any], family: Family) -> Any:
-    """The config of transformers by which it runs the model itself."""
+    """The config of transformers by which it runs the model itself; or as it is, where it does not."""
+    if family.defaults is not None:
+        return Config(raw, family.defaults)
     if family.stands_in is None:
         return resolved(raw, raw["model_type"])
     kind, translate = family.stands_in
@@ -134,7 +168,7 @@ def config_of(raw: Mapping[str, Any], family: Family) -> Any:
 
 
 def spec_of(config: Any, family: Family, strict: bool = False) -> tuple[Spec, list[str]]:
-    """The model spec of a config of transformers, and remarks.
+    """The model spec of a config, and remarks.
 
     Args:
         strict: keys that transformers does not know either are refused, since other code may read them.
@@ -142,7 +176,7 @@ def spec_of(config: Any, family: Family, strict: bool = False) -> tuple[Spec, li
     Raises:
         CheckpointError: it says what sparsekit cannot express.
     """
-    values: Config = as_config(config)
+    values = config if isinstance(config, Config) else as_config(config)
     spec = family.spec(values)
     values.demand_understood()
     unknown = values.unknown()
@@ -166,7 +200,9 @@ def _run_spec(
     except CheckpointError as error:
         state, remarks = None, [f"without a tokenizer: {_without(str(error), folder)}"]
         tokenizer = {"type": "bpe", "path": path}
-    return {"name": out.name, "model": model, "data": {"tokenizer": tokenizer}}, state, remarks
+    # a batch of the longest sequences that a model takes may be far more than anybody wants to train on
+    length = {"seq_len": TRAINED} if model["max_seq_len"] > TRAINED else {}
+    return {"name": out.name, "model": model, "data": {"tokenizer": tokenizer, **length}}, state, remarks
 
 
 def _write_weights(folder: Path, spec: ModelSpec, family: Family, weights: Path) -> dict[str, int]:

@@ -10,17 +10,17 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval import evaluator
 from lm_eval import utils as lm_eval_utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
@@ -199,6 +199,7 @@ def evaluate(
     output: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
     log_samples: bool = False,
+    within: Callable[[Any], AbstractContextManager[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Runs lm-eval's tasks on a model and writes down what came out and how.
 
@@ -209,6 +210,8 @@ def evaluate(
         limit: examples a task, or a share of them if below 1.
         add_bos: begin every context with the token that begins a document.
         seed: of few-shot examples and of tasks that sample; the default is lm-eval's own.
+        within: what the model is evaluated in, such as a sparsifier; what it says of itself, its ``name`` first, goes
+            into the record as ``within``.
         output: a file for the record; by default ``eval/`` of the run's folder, nothing for what is in no folder.
 
     Returns:
@@ -222,8 +225,8 @@ def evaluate(
     started = time.time()
     lm, place = _open(target, tokenizer, batch_size, device, dtype, add_bos, seed)
     try:
-        with _quiet():
-            told = simple_evaluate(
+        with nullcontext({}) if within is None else within(lm.model) as around, _quiet():
+            told = evaluator.simple_evaluate(
                 model=lm, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit,
                 bootstrap_iters=BOOTSTRAP, log_samples=log_samples, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
@@ -259,6 +262,9 @@ def evaluate(
     }
     if log_samples:
         record["samples"] = _plain(told["samples"])
+    if around:
+        record["within"] = _plain(around)
+        names.append(f"under-{around['name']}")
     path = _record_path(names, place) if output is None else Path(output)
     if path is not None:
         with writable(path.parent):
@@ -389,10 +395,12 @@ def _dtype(given: str | torch.dtype) -> torch.dtype:
 def _quiet() -> Iterator[None]:
     """Without lm-eval's remarks on what is as it should be."""
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, commit = logger.level, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: None  # of whatever folder one stands in; git complains where that is none
     try:
         with redirect_stdout(sys.stderr):  # where it prints how far it is
             yield
     finally:
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = commit

@@ -173,7 +173,7 @@ def plan(table: Table, spec: ModelSpec, shapes: Mapping[str, Shape], theirs: Seq
         raise CheckpointError(f"tensor {min(left)} of the model has no counterpart in the weights")
     useless = [name for name in unused if not name.endswith(table.ignored)]
     if useless:
-        raise CheckpointError(f"tensor {useless[0]} has no counterpart in the model that config.json describes")
+        raise CheckpointError(f"tensor {useless[0]} has no counterpart in the model that its config describes")
     return made
 
 
@@ -193,7 +193,7 @@ def to_ours(
             raise CheckpointError(f"tensor {theirs[0]}: {str(error).splitlines()[0]}") from None
         for name, shape, tensor in zip(ours, wanted, found, strict=True):
             if list(tensor.shape) != list(shape):
-                told = f"is {list(tensor.shape)}, but config.json says {list(shape)}"
+                told = f"is {list(tensor.shape)}, but its config says {list(shape)}"
                 raise CheckpointError(f"tensor {theirs[0]} {told}")
             yield name, tensor.contiguous()
 

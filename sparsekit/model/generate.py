@@ -1,8 +1,9 @@
-"""Tokens from a model: a key-value cache, and batches of prompts of different lengths."""
+"""Tokens from a model, also after many prompts of different lengths at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -11,59 +12,15 @@ from torch import Tensor
 from sparsekit.components.attention import KernelAttention
 from sparsekit.components.contracts import Component, ForwardContext
 from sparsekit.components.positions import ALiBi
+from sparsekit.errors import SparsekitError
+from sparsekit.model.cache import KVCache
 from sparsekit.model.decoder import Decoder, Unembedding
+from sparsekit.model.decoding import CompiledSteps, steps_of
+from sparsekit.model.packed import packed
 from sparsekit.model.sampling import Sampling
 
 Ends = Callable[[int, int], bool]
-
-
-class KVCache:
-    """Keys and values of the positions a model has seen, layer by layer, in buffers of a fixed length.
-
-    A sequence's position p stands at p of its buffers. Sequences of different lengths share a cache: what a buffer
-    holds past its sequence's end is seen by no query, and overwritten when the sequence comes there.
-    """
-
-    def __init__(self, max_seq_len: int):
-        self.max_seq_len = max_seq_len
-        self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._places_BT: Tensor | None = None
-
-    def extend(self, layer_index: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes up this forward's keys and values of a layer; returns all of them, [batch, heads, seen, head_dim]."""
-        if layer_index not in self._layers:
-            k_shape, v_shape = ((*x.shape[:2], self.max_seq_len, x.shape[3]) for x in (k_BGTK, v_BGTK))
-            # zeros: a value that no query sees is still multiplied, by 0, which would keep a NaN
-            self._layers[layer_index] = k_BGTK.new_zeros(k_shape), v_BGTK.new_zeros(v_shape)
-        end = self.length + k_BGTK.shape[2]
-        keys, values = self._layers[layer_index]
-        if self._places_BT is None:
-            keys[:, :, self.length : end] = k_BGTK
-            values[:, :, self.length : end] = v_BGTK
-        else:
-            rows_B1 = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            keys[rows_B1, :, self._places_BT] = k_BGTK.transpose(1, 2)
-            values[rows_B1, :, self._places_BT] = v_BGTK.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
-
-    def context(self, n_tokens: int, device: torch.device) -> ForwardContext:
-        """What the model is told about the next n_tokens, where all sequences are equally long."""
-        self._places_BT = None
-        positions = torch.arange(self.length, self.length + n_tokens, device=device)
-        return ForwardContext(positions_BT=positions[None], cache=self)
-
-    def ragged(self, lengths_B: Sequence[int], n_tokens: int, device: torch.device) -> ForwardContext:
-        """As :meth:`context`, after sequences of different lengths, the longest first: masks are as long as its row."""
-        assert lengths_B[0] == max(lengths_B) == self.length, "the first sequence is the longest, and fills the cache"
-        starts_B1 = torch.tensor(lengths_B, device=device)[:, None]
-        self._places_BT = starts_B1 + torch.arange(n_tokens, device=device)
-        return ForwardContext(positions_BT=self._places_BT, cache=self)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Goes on with these sequences only."""
-        for index, (keys, values) in self._layers.items():
-            self._layers[index] = keys[list(rows)], values[list(rows)]
+WORTH_PACKING = 16  # steps: laying out the weights takes as long as a few of them
 
 
 def generate(
@@ -107,6 +64,8 @@ def generate_batch(
     seed: int = 0,
     ends: Ends = lambda index, token: False,
     batch_size: int | None = None,
+    compile: bool = False,
+    backend: str = "inductor",
 ) -> Generator[tuple[int, int], None, None]:
     """Yields (index of a prompt, its next token), a token of every open prompt and then the next ones.
 
@@ -116,20 +75,30 @@ def generate_batch(
     Args:
         ends: called with each (index, token); True ends that prompt, and the token is not yielded.
         batch_size: how many prompts run at a time; None for all.
+        compile: the step that decodes a token runs through torch.compile; pays for many tokens on a GPU.
+        backend: of torch.compile.
 
     Raises:
         ValueError: an empty prompt.
+        SparsekitError: a model whose step cannot be compiled.
     """
     if not all(map(len, prompts)):
         raise ValueError("the prompt is empty: give at least one token")
     device, limit = next(model.parameters()).device, model.spec.max_seq_len
+    steps = None
+    if compile:
+        _demand_one_shape(model)
+        steps = steps_of(model, backend)
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
     was_training = model.training
     model.eval()
     try:
-        for group in together(model, [min(len(ids), limit) for ids in prompts], batch_size):
-            rows = [(i, [int(token) for token in prompts[i]][-limit:]) for i in group]
-            yield from _generate(model, rows, max_new_tokens, sampling, generators, ends, device)
+        groups = together(model, [min(len(ids), limit) for ids in prompts], batch_size)
+        pays = len(groups) * max_new_tokens >= WORTH_PACKING and can_cache(model) and steps is None
+        with packed(model, max(map(len, groups), default=1)) if pays else nullcontext():
+            for group in groups:
+                rows = [(i, [int(token) for token in prompts[i]][-limit:]) for i in group]
+                yield from _generate(model, rows, max_new_tokens, sampling, generators, ends, device, steps)
     finally:
         model.train(was_training)
 
@@ -142,36 +111,48 @@ def _generate(
     generators: list[torch.Generator],
     ends: Ends,
     device: torch.device,
+    steps: CompiledSteps | None,
 ) -> Generator[tuple[int, int], None, None]:
     """Of prompts that may run together, as (index, ids)."""
-    limit, caches, cache = model.spec.max_seq_len, can_cache(model), None
+    limit, cache = model.spec.max_seq_len, None
+    caches = can_cache(model)
+    done: set[int] = set()  # rows that have ended, which a compiled step goes on with
     for step in range(max_new_tokens):
         if cache is None or len(rows[0][1]) > limit:  # the first is the longest
-            rows = [(i, ids if len(ids) <= limit else ids[-(limit // 2 or 1) :]) for i, ids in rows]
+            rows = [(i, ids if len(ids) <= limit else ids[-(limit // 2 or 1) :]) for i, ids in rows if i not in done]
             rows.sort(key=lambda row: -len(row[1]))
-            cache = KVCache(min(limit, len(rows[0][1]) + max_new_tokens - step - 1)) if caches else None
-        logits_BV = _next_logits(model, [ids for _, ids in rows], cache, device)
+            longest = min(limit, len(rows[0][1]) + max_new_tokens - step - 1)
+            if steps is not None:
+                cache = steps.cache(len(rows), longest, limit)
+            else:
+                cache = KVCache(longest) if caches else None
+        logits_BV = _next_logits(model, [ids for _, ids in rows], cache, device, steps)
         tokens = sampling.pick(logits_BV, [generators[i] for i, _ in rows]).tolist()
         kept = []
         for row, ((index, ids), token) in enumerate(zip(rows, tokens, strict=True)):
-            if ends(index, token):
-                continue
-            yield index, token
+            if index in done or ends(index, token):
+                done.add(index)
+            else:
+                yield index, token
+                kept.append(row)
             ids.append(token)
-            kept.append(row)
         if not kept:
             return
-        if len(kept) < len(rows):
+        if len(kept) < len(rows) and steps is None:
             rows = [rows[row] for row in kept]
             if cache is not None:
                 cache.keep(kept)
                 cache.length = len(rows[0][1]) - 1
 
 
-def _next_logits(model: Decoder, rows: list[list[int]], cache: KVCache | None, device: torch.device) -> Tensor:
+def _next_logits(
+    model: Decoder, rows: list[list[int]], cache: KVCache | None, device: torch.device, steps: CompiledSteps | None
+) -> Tensor:
     """The logits after each row, [batch, vocab]; what is in the cache is not run again."""
     lengths = [len(row) for row in rows]
     last = [length - 1 for length in lengths]
+    if steps is not None and cache is not None and cache.length:
+        return steps.logits(model, cache, [row[-1] for row in rows], last)
     if cache is None or not cache.length:
         # padding comes after the row's end, where a causal model does not look
         ids = [row + [0] * (max(lengths) - len(row)) for row in rows]
@@ -192,9 +173,11 @@ def _next_logits(model: Decoder, rows: list[list[int]], cache: KVCache | None, d
 def can_cache(model: Decoder) -> bool:
     """Whether every attention keeps its keys and values, and no output depends on what comes after it or beside it.
 
-    An expert of limited capacity does not take from one token what it would take from the sequence.
+    An expert of limited capacity does not take from one token what it would take from the sequence. Nor has a
+    feed-forward that looks back a memory of what it saw.
     """
-    return all(layer.attention.caches for layer in model.layers) and pads(model)
+    remembers = all(layer.attention.caches and layer.ffn.token_wise for layer in model.layers)
+    return remembers and pads(model)
 
 
 def together(model: Decoder, lengths: Sequence[int], batch_size: int | None = None) -> list[list[int]]:
@@ -217,6 +200,16 @@ def pads(model: Decoder) -> bool:
     """Whether a sequence comes out the same with padding after it and others beside it."""
     parts = [module for module in model.modules() if isinstance(module, Component)]
     return all(part.causal and not part.batch_coupled for part in parts)
+
+
+def _demand_one_shape(model: Decoder) -> None:
+    """Refuses to compile a step that is not the same for every token."""
+    if not can_cache(model):
+        raise SparsekitError("compile: this model keeps no cache of keys and values; leave it out")
+    odd = next((layer.attention for layer in model.layers if not _ragged(layer.attention)), None)
+    if odd is not None:
+        names = [type(odd).__name__, *([type(odd.position).__name__] if isinstance(odd, KernelAttention) else [])]
+        raise SparsekitError(f"compile: {' with '.join(names)} needs to know how long a sequence is; leave it out")
 
 
 def _ragged(attention: Component) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekit.components.contracts import ForwardContext
 from sparsekit.model.decoder import Decoder, Unembedding
 from sparsekit.model.generate import pads
+from sparsekit.model.packed import packed
 
 AUTO_TOKENS = 16384
 
@@ -46,11 +47,12 @@ def loglikelihoods(
         asked.setdefault(tuple(map(int, (*context, *continuation)))[-limit - 1 : -1], []).append(index)
     results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
     inputs = sorted((ids for ids in asked if ids), key=len, reverse=True)
-    for batch in _batches(inputs, batch_size if pads(model) else 1):
-        for row, ids in zip(_scored(model, batch, requests, asked, batch_size is None), batch, strict=True):
-            for index, result in zip(asked[ids], row, strict=True):
-                results[index] = result
-            on_done(len(row))
+    with packed(model, rows=AUTO_TOKENS):
+        for batch in _batches(inputs, batch_size if pads(model) else 1):
+            for row, ids in zip(_scored(model, batch, requests, asked, batch_size is None), batch, strict=True):
+                for index, result in zip(asked[ids], row, strict=True):
+                    results[index] = result
+                on_done(len(row))
     return results
 
 

@@ -77,6 +77,7 @@ def generate_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch_size: int | None = None,
+    compile: bool = False,
     on_text: Callable[[int, str], None] = lambda index, text: None,
 ) -> list[str]:
     """What the model writes after each prompt, up to a stop string (left out) or the end of a document.
@@ -103,7 +104,9 @@ def generate_text(
     encoded = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = [[int(i) for i in each] or [tokenizer.eos_id] for each in encoded]
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    for _ in generate_batch(model, ids, max_new_tokens, sampling=sampling, seed=seed, ends=ends, batch_size=batch_size):
+    for _ in generate_batch(
+        model, ids, max_new_tokens, sampling=sampling, seed=seed, ends=ends, batch_size=batch_size, compile=compile
+    ):
         pass  # a token at a time: ends() has it
     for index, stream in enumerate(streams):
         rest = stream.close()

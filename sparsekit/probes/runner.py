@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from sparsekit import spec
-from sparsekit.errors import DataError, SpecError
+from sparsekit.errors import DataError, PluginError
 from sparsekit.probes import results
 from sparsekit.probes.base import DenseProbe, Probe, ProbeResult, Tokens, dense_pass
 from sparsekit.probes.layered import LayeredModel, ViewError, layered
-from sparsekit.probes.targets import Subject, explained, open_subject, tokens_of
+from sparsekit.probes.targets import Subject, open_subject, tokens_of
 from sparsekit.registry import registry
-from sparsekit.spec.slot import Choice, Slot
+from sparsekit.spec.inline import chosen
 
 SEQUENCES = 100  # of up to 512 tokens, as in arXiv 2603.15389
 TOGETHER = ("sparsity",)  # several others under one name, which "every probe" leaves out
 
 Report = Callable[[str, float], None]  # a probe's name, and the share of it that is done
-
-
-class _One(spec.Params):
-    probe: Annotated[Choice, Slot("probe")]
 
 
 def probe(
@@ -50,6 +44,7 @@ def probe(
     out: str | Path | None = None,
     plots: bool = True,
     report: Report | None = None,
+    within: Callable[[Subject], AbstractContextManager[Any]] | None = None,
 ) -> dict[str, ProbeResult]:
     """What probes find on a model: ``{name: ProbeResult}``.
 
@@ -66,14 +61,16 @@ def probe(
         out: a folder to write results and pictures to; by default a checkpoint's run gets them in ``probes/``, and
             other targets nothing.
         report: told of progress.
+        within: what the model is looked at in, such as with a sparsifier installed.
 
     Raises:
         SparsekitError: a mistake of the user's, in one line; a probe that was named is not applicable.
     """
-    chosen = choose(probes)
+    named = choose(probes)
     subject = open_subject(target, device, dtype)
     tokens = tokens_of(subject, data, sequences, seq_len, seed, batch_size)
-    found = run_probes(subject.model, chosen, tokens, seed=seed, everything=probes is None, report=report)
+    with nullcontext() if within is None else within(subject):
+        found = run_probes(subject.model, named, tokens, seed=seed, everything=probes is None, report=report)
     for result in found.values():
         result.meta["target"] = subject.name
         result.meta["step"] = subject.step
@@ -102,57 +99,35 @@ def choose(probes: Sequence[Any] | str | None) -> dict[str, Probe]:
         SpecError: a name or a parameter is unknown.
     """
     if probes is None:
-        probes = [name for name in registry("probe").names() if name not in TOGETHER]
-    chosen: dict[str, Probe] = {}
+        probes = [name for name in registry("probe").names() if name not in TOGETHER and _can_be_had(name)]
+    found: dict[str, Probe] = {}
     for given in [probes] if isinstance(probes, (str, Mapping, Probe)) else probes:
         name, made = _made(given)
-        number = 1 + sum(key.partition("-")[0] == name for key in chosen)
-        chosen[name if number == 1 else f"{name}-{number}"] = made
-    return chosen
+        number = 1 + sum(key.partition("-")[0] == name for key in found)
+        found[name if number == 1 else f"{name}-{number}"] = made
+    return found
+
+
+def _can_be_had(name: str) -> bool:
+    """Whether a probe that nobody named can be imported; what a package got wrong costs its own probes only."""
+    try:
+        registry("probe").get(name)
+    except PluginError as error:
+        print(f"{error}; left out", file=sys.stderr)
+        return False
+    return True
 
 
 def _made(given: Any) -> tuple[str, Probe]:
     if isinstance(given, Probe):
         return next((e.name for e in registry("probe").entries() if _is(e.target, given)), type(given).__name__), given
-    if not isinstance(given, Choice):
-        raw = _parsed(given) if isinstance(given, str) else dict(given)
-        try:
-            given = _One.model_validate({"probe": raw}).probe
-        except ValidationError as error:
-            raise SpecError([line.removeprefix("probe.") for line in explained(error, "probe")]) from None
-    made: Probe = given.cls(given.params)
-    return given.type, made
+    choice = chosen("probe", given)
+    made: Probe = choice.cls(choice.params)
+    return choice.type, made
 
 
 def _is(target: str, given: Probe) -> bool:
     return target == f"{type(given).__module__}:{type(given).__qualname__}"
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """``name:key=value,key=value``; values are JSON or else strings."""
-    name, _, rest = text.partition(":")
-    raw: dict[str, Any] = {"type": name.strip()}
-    for part in _split(rest):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise SpecError([f"probe {text!r}: expected name:key=value,key=value, got {part!r}"])
-        try:
-            raw[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            raw[key.strip()] = value.strip()
-    return raw
-
-
-def _split(text: str) -> list[str]:
-    """At commas that stand in no brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign in "[{(") - (sign in "]})")
-        if sign == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return [part for part in parts if part.strip()]
 
 
 def run_probes(
@@ -239,15 +214,18 @@ def _with_meta(
         "probe": name, "params": probe.params.model_dump(mode="json"), "sequences": n, "seq_len": length,
         "tokens": n * length, "data_fingerprint": tokens.fingerprint, "seed": seed,
         "dtype": str(view.dtype).removeprefix("torch."), "device": _device(view.device), "layers": view.n_layers,
-        "versions": _versions(), "wall_seconds": round(seconds, 3), **result.meta,
+        "versions": _versions(probe), "wall_seconds": round(seconds, 3), **result.meta,
     }  # fmt: skip
     if len(together) > 1:
         result.meta["shared_pass_with"] = [other for other in together if other != name]
     return result
 
 
-def _versions() -> dict[str, str]:
+def _versions(probe: Probe) -> dict[str, str]:
     told = {"python": platform.python_version()}
+    entry = next((each for each in registry("probe").entries() if _is(each.target, probe)), None)
+    if entry is not None and not entry.built_in and entry.version:
+        told[entry.owner] = entry.version
     for package in ("sparsekit", "torch", "numpy", "transformers"):
         try:
             told[package] = importlib.metadata.version(package)

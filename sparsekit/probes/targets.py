@@ -20,6 +20,7 @@ from sparsekit.data.tokenizers import Ids, Tokenizer
 from sparsekit.errors import CheckpointError, DataError, SparsekitError, SpecError
 from sparsekit.model.targets import CHECKPOINTS, Run, Target, load_model, resolve
 from sparsekit.probes.base import Tokens
+from sparsekit.spec.inline import explained
 from sparsekit.spec.load import read_json, validate
 from sparsekit.spec.run import DataSpec, RunSpec
 
@@ -224,16 +225,6 @@ def data_spec(data: Any) -> tuple[DataSpec | None, bool]:
         return DataSpec.model_validate(raw), whole
     except ValidationError as error:
         raise SpecError(explained(error, "data")) from None
-
-
-def explained(error: ValidationError, where: str) -> list[str]:
-    """A line for each mistake in what was given on the command line or from Python."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        path = ".".join((where, *map(str, problem["loc"])))
-        told = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"{path}: {told.removeprefix('Value error, ')}")
-    return lines
 
 
 class FolderTokenizer(Tokenizer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,9 @@ class Sparsifier:
         """
         raise NotImplementedError
 
-    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit) -> Target:
+    def target(
+        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
+    ) -> Target:
         """What is masked there by a limit."""
         raise NotImplementedError
 
@@ -109,6 +110,7 @@ class Sparsifier:
 # --- a model on tokens
 
 
+@torch.no_grad()
 def losses(view: LayeredModel, tokens: Tokens) -> Array:
     """[S] the loss of each sequence, with what is installed."""
     found = []
@@ -158,7 +160,9 @@ class InOrder:
         self.layer = 0
         self.masked: dict[str, Target] = {}
 
-    def outputs(self, targets: Mapping[str, Target] | None = None, watch: Callable[[ExitStack], None] | None = None) -> list[Tensor]:
+    def outputs(
+        self, targets: Mapping[str, Target] | None = None, watch: Callable[[ExitStack], None] | None = None
+    ) -> list[Tensor]:
         """The layer's output on each batch, with these masks, or those so far."""
         with ExitStack() as undo:
             run_eagerly(undo, self.view.model)
@@ -169,7 +173,7 @@ class InOrder:
             return [batch.layer(self.layer, h) for batch, h in self.batches]
 
     def samples(self, targets: Mapping[str, Target]) -> dict[str, Sample]:
-        """Scores at inputs that are not masked yet; with what limit a target comes does not matter."""
+        """Scores at inputs that are not masked yet; what their limits are does not matter."""
         found = {name: Sample(len(self.batches), self.seed) for name in targets}
 
         def watch(undo: ExitStack) -> None:
@@ -194,9 +198,9 @@ class InOrder:
         self.outputs(watch=lambda undo: _callback(undo, reader.register_forward_pre_hook(before, with_kwargs=True)))
         return torch.stack(sums).sum(0) / n_tokens
 
-    def mask(self, name: str, target: Target, limit: Limit) -> None:
+    def mask(self, name: str, target: Target) -> None:
         """Masks an input of this layer from now on."""
-        self.masked[name] = target._replace(rule=replace(target.rule, limit=limit))
+        self.masked[name] = target
 
     def advance(self) -> None:
         """Goes on to the next layer."""

@@ -61,7 +61,7 @@ class Calibration:
             DataError: the model is not the one that was calibrated on, or nothing in it can be masked.
         """
         view = layered(model)
-        return Installed(view, self.made().targets(view, self.limits), kernels, count)
+        return Installed(view, self.made().targets(view, self.limits), kernels, count, self.realised)
 
     def thresholds(self, n_layers: int) -> tuple[float, ...] | None:
         """One a layer, 0 where a layer has none; None where limits are other than one number a layer."""

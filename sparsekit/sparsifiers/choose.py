@@ -65,8 +65,11 @@ def calibrated(
         return Calibration.load(path), view
     sparsifier = make(given)
     sparsifier.seed = seed
-    tokens = tokens_of(subject_of(model, target), data, sequences, seq_len, seed, batch_size)
-    return sparsifier.calibrate(view, tokens), view
+    subject = subject_of(model, target)
+    tokens = tokens_of(subject, data, sequences, seq_len, seed, batch_size)
+    calibration = sparsifier.calibrate(view, tokens)
+    calibration.meta["remarks"] = subject.remarks
+    return calibration, view
 
 
 def subject_of(model: Any, target: Any) -> Subject:

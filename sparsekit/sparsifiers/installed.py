@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from sparsekit.errors import DataError
 from sparsekit.model.decoder import Decoder
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.layered import LayeredModel
-from sparsekit.sparsifiers.rules import Rule
+from sparsekit.sparsifiers.rules import Limit, Rule
 from sparsekit.sparsifiers.sites import FeedForward
 
 MOST_ROWS = 8  # tokens at a time for which kernels read what is active only
@@ -29,17 +30,29 @@ class Target(NamedTuple):
     rule: Rule
     parts: FeedForward | None = None
 
+    def limited(self, limit: Limit) -> Target:
+        """The same with another limit."""
+        return self._replace(rule=replace(self.rule, limit=limit))
+
 
 class Site:
     """One projection's input: masks it, counts what is 0 then, and remembers what its gate was computed from.
 
     Args:
         observe: told the scores of each input, [..., I]; then nothing is masked.
+        expected: the share of zeros that is to be expected, by which kernels choose.
     """
 
-    def __init__(self, target: Target, observe: Callable[[Tensor], None] | None = None, count: bool = False):
-        self.weight, self.rule, self.parts = target
-        self.observe, self.count = observe, count
+    def __init__(
+        self,
+        target: Target,
+        observe: Callable[[Tensor], None] | None = None,
+        count: bool = False,
+        expected: float | None = None,
+    ):
+        self.weight, rule, self.parts = target
+        self.rule = rule.beside(self.weight.weight)
+        self.observe, self.count, self.expected = observe, count, expected
         self.zeros: Tensor | None = None
         self.entries = 0
         self._read: Tensor | None = None
@@ -67,7 +80,7 @@ class Site:
             zeros = (masked == 0).sum()
             self.zeros = zeros if self.zeros is None else self.zeros + zeros
             self.entries += masked.numel()
-        return self.rule.back(masked), *rest
+        return self.rule.back(masked).to(x.dtype), *rest
 
     def _scored(self, told: Tensor) -> Tensor:
         """What is compared with the limit."""
@@ -93,15 +106,22 @@ class Installed:
         kernels: up to 8 tokens at a time, without gradients, read only what is active; weights are kept once more for
             that, transposed. Otherwise projections are dense and their inputs masked.
         count: count zeros, for :meth:`realised`; not where kernels are used.
+        expected: the share of zeros at each masked input, where that is known.
 
     Raises:
         DataError: kernels, and a feed-forward that does more than is known of it.
     """
 
     def __init__(
-        self, view: LayeredModel, targets: Mapping[SiteOf, Target], kernels: bool = False, count: bool = True
+        self,
+        view: LayeredModel,
+        targets: Mapping[SiteOf, Target],
+        kernels: bool = False,
+        count: bool = True,
+        expected: Mapping[SiteOf, float] | None = None,
     ):
-        self.sites = {where: Site(target, count=count and not kernels) for where, target in targets.items()}
+        shares, counts = expected or {}, count and not kernels
+        self.sites = {w: Site(target, count=counts, expected=shares.get(w)) for w, target in targets.items()}
         self._undo = ExitStack()
         try:
             run_eagerly(self._undo, view.model)
@@ -154,7 +174,8 @@ class SparseForward:
         self.module.forward = self
 
     def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Any:
-        if x.numel() > MOST_ROWS * x.shape[-1] or torch.is_grad_enabled():
+        others = x.dtype != self.site.weight.weight.dtype  # under autocast
+        if x.numel() > MOST_ROWS * x.shape[-1] or torch.is_grad_enabled() or others:
             return self.masked_dense(x, *rest, **options)
         return self.skipping(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
@@ -175,12 +196,12 @@ class SparseLinear(SparseForward):
         self.weight_IO, self.bias = turned.T.contiguous(), site.weight.bias
 
     def masked_dense(self, x: Tensor, *rest: Any, **options: Any) -> Any:
-        return self.dense(self.site.rule.back(self.site.masked(x)), *rest, **options)
+        return self.dense(self.site.rule.back(self.site.masked(x)).to(x.dtype), *rest, **options)
 
     def skipping(self, x_BI: Tensor) -> Tensor:
         from sparsekit.sparsifiers.kernels import rows_matvec
 
-        y_BO = rows_matvec(self.site.masked(x_BI), self.weight_IO)
+        y_BO = rows_matvec(self.site.masked(x_BI).to(x_BI.dtype), self.weight_IO, self.site.expected)
         return y_BO if self.bias is None else y_BO + self.bias
 
 
@@ -203,9 +224,9 @@ class SparseFeedForward(SparseForward):
 
         gate_BF = self.parts.gates(x_BI)
         keep_BF = self.site.rule.keep(gate_BF)
-        up_BF = columns_matvec(x_BI, self.up_FD, keep_BF)
+        up_BF = columns_matvec(x_BI, self.up_FD, keep_BF, self.site.expected)
         up_BF = up_BF if self.up_bias is None else up_BF + self.up_bias
-        y_BD = rows_matvec(torch.where(keep_BF, gate_BF * up_BF, 0), self.down_FD)
+        y_BD = rows_matvec(torch.where(keep_BF, gate_BF * up_BF, 0), self.down_FD, self.site.expected)
         return y_BD if self.down_bias is None else y_BD + self.down_bias
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,15 @@ class Rule:
     inclusive: bool = False
     basis_II: Tensor | None = None
 
+    def beside(self, weight: Tensor) -> Rule:
+        """The same where a projection's weight is, so that no forward waits for a copy."""
+        threshold, basis = self.limit.threshold, self.basis_II
+        return replace(
+            self,
+            limit=Limit(None if threshold is None else threshold.to(weight.device, wide(weight.dtype)), self.limit.k),
+            basis_II=None if basis is None else basis.to(weight.device, wide(weight.dtype)),
+        )
+
     def scores(self, x: Tensor) -> Tensor:
         """[..., I], in float32 or wider."""
         size = x.to(wide(x.dtype)).abs()
@@ -54,16 +63,15 @@ class Rule:
             return largest(scores, self.limit.k)
         threshold = self.limit.threshold
         assert threshold is not None
-        threshold = threshold.to(scores)
         return ~(scores < threshold) if self.inclusive else ~(scores <= threshold)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """x in the basis that it is masked in."""
-        return x if self.basis_II is None else x @ self.basis_II.to(x.dtype)
+        """x in the basis that it is masked in, there in float32 or wider."""
+        return x if self.basis_II is None else x.to(self.basis_II.dtype) @ self.basis_II
 
     def back(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`coordinates`."""
-        return x if self.basis_II is None else x @ self.basis_II.to(x.dtype).T
+        return x if self.basis_II is None else x @ self.basis_II.T
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -96,13 +104,27 @@ class Sample:
             flat = flat[chosen.to(flat.device)]
         self._parts.append(flat.clone())
 
+    def scores(self) -> Tensor:
+        """All of them, in a row."""
+        return torch.cat(self._parts)
+
     def quantile(self, share: float) -> Tensor:
-        """The largest t such that a share of the scores, to the nearest one, is at most t; 0 for a share of 0."""
-        return quantile(torch.cat(self._parts), share)
+        """As :func:`quantile` of the scores."""
+        return quantile(self.scores(), share)
 
 
 def quantile(scores: Tensor, share: float) -> Tensor:
-    """The smallest t such that round(share n) of n scores >= 0 are at most t; 0 for none."""
+    """A t such that a share of scores >= 0 is at most t, as nearly as equal scores allow; 0 for none.
+
+    It stands midway between scores, so that rounding does not decide on which side of it one of them falls.
+    """
     flat = scores.flatten()
     k = round(share * flat.numel())
-    return flat.new_zeros(()) if not k else flat.kthvalue(k).values
+    if not k:
+        return flat.new_zeros(())
+    at = flat.kthvalue(k).values
+    n_below, n_up_to = int((flat < at).sum()), int((flat <= at).sum())
+    low, high = (at, flat[flat > at]) if n_up_to - k <= k - n_below else (flat[flat < at], at)
+    if not low.numel() or not high.numel():
+        return low.max() if low.numel() else flat.new_zeros(())
+    return low.max() + (high.min() - low.max()) / 2

@@ -107,7 +107,7 @@ def linears(view: LayeredModel, layer: int) -> dict[str, Weight]:
         allowed = {*parts.linears["attention"], *(() if mixed else parts.linears["ffn"])}
     found: dict[str, Weight] = {}
     for path, module in block.named_modules():
-        if module in role_of or (is_linear(module) if allowed is None else module in allowed) or _ours(module):
+        if module in role_of or _masks(module, allowed):
             told = _weight(module)
             leaf = path.rpartition(".")[2]
             name = role_of.get(module, leaf if leaf not in (*found, *role_of.values()) else path)
@@ -116,8 +116,11 @@ def linears(view: LayeredModel, layer: int) -> dict[str, Weight]:
     return found
 
 
-def _ours(module: nn.Module) -> bool:
-    return isinstance(module, Linear) and module.role != "router" and module.weight.ndim == 2
+def _masks(module: nn.Module, allowed: set[nn.Module] | None) -> bool:
+    """Whether it is a projection of one matrix, and no router's."""
+    if isinstance(module, Linear):
+        return module.role != "router" and module.weight.ndim == 2
+    return is_linear(module) if allowed is None else module in allowed
 
 
 def _weight(module: nn.Module) -> Weight | None:

@@ -31,6 +31,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+BEGINS, SAVED = "init_from", "spec.json"
+
+
 def may_change(path: str) -> bool:
     """Whether a resumed run may have another value at a path of its spec."""
     return any(fnmatchcase(path, free) or fnmatchcase(path, f"{free}.*") for free in MAY_CHANGE)
@@ -57,16 +60,35 @@ def load_spec(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 def read_raw(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON of a spec with ``extends`` and overrides applied, always in the shape of a run spec."""
     raw = _expanded(source)
-    if "model" not in raw:
+    if "model" not in raw and BEGINS not in raw:
         raw = {"model": raw}
-    for text in overrides:
+    first = [text for text in overrides if text.partition("=")[0].strip() == BEGINS]
+    for text in first:
         raw = _override(raw, text)
+    raw = _begun(raw)
+    for text in overrides:
+        raw = raw if text in first else _override(raw, text)
     return raw
+
+
+def _begun(raw: dict[str, Any]) -> dict[str, Any]:
+    """With the model and the tokenizer of ``init_from``, each where the spec gives none."""
+    folder, data = raw.get(BEGINS), raw.get("data", {})
+    if not isinstance(folder, str) or not isinstance(data, dict) or ("model" in raw and "tokenizer" in data):
+        return raw
+    path = Path(folder) / SAVED
+    if folder.startswith("hf:"):
+        raise SpecError([f"{BEGINS}: {folder}: bring it in first: sparsekit import {folder} FOLDER; then give FOLDER"])
+    if not path.exists():
+        raise SpecError([f"{BEGINS}: {folder}: is neither a run nor a checkpoint (it holds no {SAVED})"])
+    saved = read_json(path)
+    tokenizer = {} if "model" in raw else {"tokenizer": saved["data"]["tokenizer"]}
+    return {**raw, "model": raw.get("model", saved["model"]), "data": {**tokenizer, **data}}
 
 
 def is_bare_model(source: str | Path | Mapping[str, Any]) -> bool:
     """Whether a spec is a model's alone, and everything else of a run of it has to be filled in."""
-    return "model" not in _expanded(source)
+    return not {"model", BEGINS} & _expanded(source).keys()
 
 
 def _expanded(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -228,8 +250,8 @@ def validate(raw: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec.model_validate(raw)
     except ValidationError as error:
-        missing = _missing_packages(raw)
-        raise SpecError(missing + _explain(error, RunSpec, raw, names=not missing)) from None
+        missing, other = _packages_then_and_now(raw)
+        raise SpecError(missing + other + _explain(error, RunSpec, raw, names=not missing)) from None
 
 
 def validate_model(raw: Mapping[str, Any]) -> ModelSpec:
@@ -277,16 +299,20 @@ def _sections_with(key: str) -> list[str]:
     ]
 
 
-def _missing_packages(raw: Mapping[str, Any]) -> list[str]:
-    """Which packages a saved spec was made with and this environment lacks."""
+def _packages_then_and_now(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Which packages a saved spec was made with that this environment lacks, and which it has in another version."""
     wanted = raw.get("packages")
-    lines = []
+    missing, other = [], []
     for package, version in (wanted if isinstance(wanted, dict) else {}).items():
+        made = f"packages: made with {package} {version}"
         try:
-            importlib.metadata.version(package)
+            here = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"packages: made with {package} {version}, which is not installed; install that package")
-    return lines
+            missing.append(f"{made}, which is not installed; install that package")
+            continue
+        if here != version:
+            other.append(f"{made}, and {here} is installed; install that version")
+    return missing, other
 
 
 def dump(spec: Params) -> dict[str, Any]:
@@ -308,4 +334,6 @@ def with_packages(spec: RunSpec) -> RunSpec:
 def fingerprint(spec: Params) -> str:
     """SHA-256 of the resolved spec; a run's name and the versions it was made with are no part of it."""
     content = {key: value for key, value in dump(spec).items() if key not in ("name", "packages")}
+    if content.get(BEGINS, "") is None:
+        del content[BEGINS]  # which specs did not always have
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -232,10 +232,14 @@ class ScheduledProbe(Params):
 class RunSpec(Params):
     """Everything about a run: ``sparsekit train`` needs nothing else.
 
+    ``init_from`` is the folder of a run, of a checkpoint or of an imported model, with whose weights training begins;
+    of that folder are also the model and the tokenizer, where the spec gives none.
+
     ``packages`` is written with a run, not by hand: the version of every package whose entries the spec names.
     """
 
     name: str = "run"
+    init_from: str | None = None
     model: ModelSpec
     data: DataSpec = Field(default_factory=lambda: cast(DataSpec, {}))  # validated, hence imported, only when used
     train: TrainSpec = Field(default_factory=lambda: cast(TrainSpec, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from sparsekit.errors import SparsekitError
@@ -14,8 +15,8 @@ REF = "#/$defs/"
 PARTIAL = "partial."
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema 2020-12 of a run spec or of a bare model spec.
+def json_schema(packages: Container[str] | None = None) -> dict[str, Any]:
+    """JSON Schema 2020-12 of a run spec or of a bare model spec; of all packages' entries, or of some packages' only.
 
     Each registry is one ``$defs/<kind>``, to which slots refer (expanded in place they would recurse for ever:
     moe -> expert -> ffn -> moe). Every definition has a twin ``partial.<name>`` in which nothing is required, at any
@@ -25,7 +26,7 @@ def json_schema() -> dict[str, Any]:
     for cls in (RunSpec, ModelSpec, BlockSpec):
         definitions[cls.__name__] = _collect(cls, definitions)
     for kind in KINDS:
-        definitions[kind] = _kind_schema(kind, definitions)
+        definitions[kind] = _kind_schema(kind, definitions, packages)
     definitions = {name: _with_extends(_resolve(body)) for name, body in definitions.items()}
     partial = {PARTIAL + name: _partial(body) for name, body in definitions.items() if name not in KINDS}
     for kind in KINDS:
@@ -52,11 +53,14 @@ def _collect(params: type[Params], definitions: dict[str, Any]) -> dict[str, Any
     return schema
 
 
-def _kind_schema(kind: str, definitions: dict[str, Any]) -> dict[str, Any]:
+def _kind_schema(kind: str, definitions: dict[str, Any], packages: Container[str] | None) -> dict[str, Any]:
     """Any entry of a kind: an object for each, and the names alone where every parameter has a default."""
     options: list[dict[str, Any]] = []
     short: list[str] = []
-    for name in registry(kind).names():
+    for entry in registry(kind).entries():
+        name = entry.name
+        if packages is not None and entry.owner not in packages:
+            continue  # not even imported
         try:
             params = getattr(registry(kind).get(name), "Params", None)
         except SparsekitError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from sparsekit.errors import CheckpointError
 from sparsekit.files import sole, verify, writable
-from sparsekit.model.targets import SPEC, TOKENIZER, Run, newest_whole
+from sparsekit.model.targets import SPEC, TOKENIZER, Run, newest_whole, resolve
 from sparsekit.model.weights import WEIGHTS
 from sparsekit.spec.run import RunSpec
 from sparsekit.training import checkpoint
@@ -46,6 +47,8 @@ def train(spec: RunSpec, *, out: str | Path | None = None, resume: str = "auto")
             try:
                 if start is not None:
                     trainer.restore(start)
+                elif spec.init_from is not None:
+                    trainer.begin_with(world.from_main(lambda: _whole(str(spec.init_from))))
                 if trainer.finished:
                     _say(
                         world,
@@ -118,7 +121,28 @@ def _starting_point(run: Run, spec: RunSpec, resume: str, held: contextlib.ExitS
         checkpoint.demand_same_spec(found, spec)
     else:
         (run.folder / TOKENIZER).unlink(missing_ok=True)  # of a run that never came to save anything
+        if spec.init_from is not None:
+            _take_tokenizer(run, spec)
     return found
+
+
+def _whole(folder: str) -> Path:
+    """The checkpoint that a folder stands for, found whole."""
+    target = resolve(folder, weights=True)
+    assert target.checkpoint is not None, "a folder is no spec"
+    if not target.verified:
+        verify(target.checkpoint)
+    return target.checkpoint
+
+
+def _take_tokenizer(run: Run, spec: RunSpec) -> None:
+    """The one that belongs to the weights, and not another that is learnt from the new text by the same rule."""
+    if not Path(str(spec.init_from)).is_dir():
+        raise CheckpointError(f"init_from: {spec.init_from}: no such folder")
+    begun = resolve(str(spec.init_from), weights=True)
+    if begun.tokenizer_file is not None and begun.spec.data.tokenizer == spec.data.tokenizer:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(begun.tokenizer_file, run.folder / TOKENIZER)
 
 
 def _demand_a_runs_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ from sparsekit.errors import SparsekitError, SpecError
 from sparsekit.files import write_json
 from sparsekit.model.build import build_model, demand_causal
 from sparsekit.model.targets import SPEC, TOKENIZER, Run
+from sparsekit.model.weights import WEIGHTS, load_weights
 from sparsekit.spec.load import dump, with_packages
 from sparsekit.spec.run import RunSpec
 from sparsekit.training import checkpoint
@@ -152,6 +153,14 @@ class Trainer:
             for row in logged:  # it was made up for, or came to its end, after the checkpoint
                 if row["step"] == self.progress.step and row.get(f"{OWN}_loss") is not None:
                     self._count_evaluation(row)
+
+    def begin_with(self, folder: Path) -> None:
+        """Takes a checkpoint's weights, and nothing else of it.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        load_weights(self.model, folder / WEIGHTS, self.world.control)
 
     def close(self) -> None:
         """Ends what runs in the background; a checkpoint under way is finished first."""

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekit.checks import MODEL_KINDS, elsewhere
-from sparsekit.components.contracts import ForwardContext
 from sparsekit.model.accounting import activation_bytes, describe
 from sparsekit.model.build import build_model
+from sparsekit.model.cache import KVCache
 from sparsekit.model.decoder import Decoder
-from sparsekit.model.generate import KVCache
 from sparsekit.registry import registry
 
 from .conftest import model_with
@@ -139,8 +138,8 @@ def test_cache_bytes_are_those_that_a_cache_holds(name: str, position: str) -> N
     for params in ({}, {"window": 3, "head_dim": 6}, {"v_head_dim": 5} if name == "mla" else {"qk_norm": "layernorm"}):
         spec = model_with("attention", name, position=position, **params)
         model, cache = build_model(spec), KVCache(10)
-        model(torch.zeros(1, 10, dtype=torch.int64), ForwardContext(positions_BT=torch.arange(10)[None], cache=cache))
-        held = sum(t.numel() * t.element_size() for pair in cache._layers.values() for t in pair)
+        model(torch.zeros(1, 10, dtype=torch.int64), cache.context(10, torch.device("cpu")))
+        held = sum(t.numel() * t.element_size() for pair in cache.layers.values() for t in pair)
         assert describe(spec).cache_bytes_per_token * 10 == held
 
 

@@ -8,7 +8,7 @@ import torch
 from sparsekit.components.contracts import ForwardContext
 from sparsekit.errors import SparsekitError
 from sparsekit.model.build import build_model
-from sparsekit.model.generate import KVCache
+from sparsekit.model.cache import KVCache
 from tests.components.test_kernels import attend, biased, capped, causal, streaming
 from tests.components.test_normalizers import sparsemax_by_sorting
 from tests.components.test_positions import rotated
@@ -277,7 +277,7 @@ def test_what_mla_costs(component, slot, sizes, seq_len):
     assert made.flops_per_token(seq_len) == 2 * (weights + seq_len * per_key)
     cache = KVCache(8)
     made(torch.zeros(1, 3, d, dtype=torch.float64), cache.context(3, torch.device("cpu")))
-    kept = sum(x[:, :, :1].numel() for x in cache._layers[0])
+    kept = sum(x[:, :, :1].numel() for x in cache.layers[0])
     assert made.cache_bytes_per_token(2) == 2 * kept == 2 * per_key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from sparsekit.components.contracts import ForwardContext
 from sparsekit.components.kernels import Extras, Kernel, Rule
 from sparsekit.errors import SparsekitError
 from sparsekit.model.build import build_model
-from sparsekit.model.generate import KVCache, generate
+from sparsekit.model.cache import KVCache
+from sparsekit.model.generate import generate
 from sparsekit.registry import registry
 from tests.components.test_normalizers import by_bisection, sparsemax_by_sorting
 from tests.components.test_positions import PAPER
@@ -63,13 +65,18 @@ def test_masks_and_groups(component, randn, kernel, heads, window, documents):
     )
 
 
+def after(length: int) -> KVCache:
+    cache = KVCache(16)
+    cache.length = length
+    return cache
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [None, 3])
 def test_queries_that_follow_a_cache(component, randn, kernel, window):
     module = component("kernel", kernel)
     q, k, v = randn(2, 4, 3, 6), randn(2, 2, 8, 6), randn(2, 2, 8, 6)
-    context = ForwardContext(positions_BT=torch.arange(5, 8)[None], cache=KVCache(16))
-    mask = module.prepare(Rule(window), 3, q.device, context)
+    mask = module.prepare(Rule(window), 3, q.device, after(5).context(3, q.device))
 
     def sees(b, t, s):
         return s <= t + 5 and (window is None or t + 5 - s < window)
@@ -134,7 +141,7 @@ def test_sinks(component, randn, kernel, window, n_sinks, documents):
 def test_sinks_stay_in_sight_of_a_cache(component, randn, kernel):
     module, rule = component("kernel", kernel), Rule(2, 1)
     q, k, v = randn(2, 4, 3, 6), randn(2, 2, 8, 6), randn(2, 2, 8, 6)
-    mask = module.prepare(rule, 3, q.device, ForwardContext(positions_BT=torch.arange(5, 8)[None], cache=KVCache(16)))
+    mask = module.prepare(rule, 3, q.device, after(5).context(3, q.device))
     wanted = attend(q, k, v, 0.4, lambda b, t, s: s == 0 or 0 <= t + 5 - s < 2)
     torch.testing.assert_close(module(q, k, v, mask, rule, Extras(0.4)), wanted, rtol=0, atol=1e-12)
 
@@ -277,6 +284,20 @@ def test_auto_on_the_cpu():
         assert chosen(asks("softcap")) == chosen(asks("sink_logits"), documents=True) == "flex"
         assert chosen(asks("softcap"), dtype=torch.float64) == "eager", "flex knows no float64"
         assert chosen(asks("softcap", "normalizer")) == "eager"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "auto"])
+def test_a_mask_of_the_attentions_own_making(randn, name):
+    """Of each head another, as a choice of keys by the data is; a query at a time."""
+    kernel, rule = registry("kernel").get(name)(Kernel.Params(), None), Rule(features=frozenset({"own_mask"}))
+    q, k, v = randn(2, 4, 5, 3), randn(2, 2, 6, 3), randn(2, 2, 6, 3)
+    seen = randn(2, 4, 5, 6) > 0
+    seen[..., 2] = True
+    got = kernel(q, k, v, kernel.own_mask(seen, rule), rule, Extras(0.5))
+    for b, h, t in product(range(2), range(4), range(5)):
+        keys = seen[b, h, t].nonzero()[:, 0]
+        p = (k[b, h // 2, keys] @ q[b, h, t] * 0.5).softmax(0)
+        torch.testing.assert_close(got[b, h, t], p @ v[b, h // 2, keys], rtol=0, atol=1e-12)
 
 
 ASKED = [

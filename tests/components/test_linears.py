@@ -237,3 +237,24 @@ def test_what_runs_on_tensor_cores_equals_the_portable_operator(randn, case, dty
     gradients = (torch.autograd.grad(y, leaves, dy.mT.contiguous().mT) for y in (got, wanted))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("linear", ["plain", masked(0.6)], ids=["plain", "masked"])
+def test_blended_experts(component, randn, bias, linear):
+    """A group of rows is multiplied by sum_e blend_e W_e, and the gradients are those of that."""
+    slot = {"type": "mlp", "d_ff": 7, "activation": "relu", "bias": bias}
+    build = component("ffn", {"type": "moe", "n_experts": 3, "expert": slot}, linear=linear)
+    made, x, blend = build.experts, randn(4, 5, 16), randn(4, 3).softmax(-1).requires_grad_()
+    got = made(x, ForwardContext(groups=ExpertGroups(blend_GE=blend)))
+    up, down = (m.effective_weight() for m in (made.up, made.down))
+    wanted = torch.zeros_like(got)
+    for g in range(4):
+        hidden = x[g] @ sum(blend[g, e] * up[e] for e in range(3)).T
+        hidden = torch.relu(hidden + (sum(blend[g, e] * made.up.bias[e] for e in range(3)) if bias else 0))
+        wanted[g] = hidden @ sum(blend[g, e] * down[e] for e in range(3)).T
+        wanted[g] = wanted[g] + (sum(blend[g, e] * made.down.bias[e] for e in range(3)) if bias else 0)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    direction, leaves = randn(4, 5, 16), [blend, *made.parameters()]
+    for one, other in zip(*(torch.autograd.grad(y, leaves, direction) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparsekit.components.contracts import FeedForward, ForwardContext, Routing, counters
+from sparsekit.errors import SpecError
+from sparsekit.model.build import build_model
 from sparsekit.registry import registry
 
 N_EXPERTS = 5
@@ -336,3 +338,42 @@ def test_fine_grained_experts_cost_what_one_large_one_does(component):
         gate = made.router.gate.weight.numel()
         costs.append((experts, made.active_parameters() - gate, made.flops_per_token(4) - 2 * gate))
     assert costs[0] == costs[1] == (8 * 3 * 8 * 16, 3 * 3 * 8 * 16, 2 * 3 * 3 * 8 * 16)
+
+
+class LooksBack(FeedForward):
+    """The mean of the tokens so far."""
+
+    token_wise = False
+    grouped = False
+
+    class Params(FeedForward.Params):
+        pass
+
+    def forward(self, x_BTD, context):
+        return x_BTD.cumsum(-2) / torch.arange(1, x_BTD.shape[-2] + 1)[:, None]
+
+
+@pytest.mark.parametrize("place", ["expert", "shared_expert"])
+def test_what_wants_whole_sequences_is_no_expert(tiny, place):
+    expert = {"type": "swiglu", "d_ff": 8}
+    registry("ffn").register("looks_back")(LooksBack)
+    try:
+        build_model(tiny(ffn="looks_back"), device="meta")
+        told = r"block\.ffn: expert 'looks_back' wants whole sequences, of which an expert is sent a few tokens; use it"
+        with pytest.raises(SpecError, match=told):
+            build_model(tiny(ffn={"type": "moe", "n_experts": 2, "expert": expert, place: "looks_back"}))
+    finally:
+        registry("ffn").unregister("looks_back")
+
+
+def test_a_router_is_told_where_sequences_end(component, randn):
+    """And one inside an expert, whose rows come from anywhere, that there are none."""
+    inner = {"type": "moe", "n_experts": 2, "router": {"type": "top_k", "k": 1}, "expert": {"type": "mlp", "d_ff": 3}}
+    made, told = moe(component, expert=inner), []
+    for router in (made.router, *(expert.router for expert in made.experts)):
+        router.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1].seq_len))
+    made(randn(2, 6, 8), ForwardContext())
+    assert told == [6, *[None] * N_EXPERTS]
+    told.clear()
+    made(randn(12, 8), ForwardContext())
+    assert told == [None] * (1 + N_EXPERTS)

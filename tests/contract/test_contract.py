@@ -207,6 +207,20 @@ class OneSeed(Init):
         nn.init.normal_(weight)
 
 
+class Scalar(Norm):
+    """y = gain x, the gain a tensor of no dimension."""
+
+    def __init__(self, params: Any, build: contracts.Build):
+        super().__init__(params, build)
+        self.gain = nn.Parameter(torch.empty(()))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+
+    def forward(self, x: Any) -> Any:
+        return self.gain * x
+
+
 class OnCPU(Norm):
     """A buffer that ignores the device it is built on."""
 
@@ -306,6 +320,12 @@ class Shifted(Squared):
 
     def forward(self, x_BTD: Any, context: Any) -> Any:
         return super().forward(x_BTD + nn.functional.pad(x_BTD, (0, 0, 1, -1)), context)
+
+
+class SaysSo(Shifted):
+    """The same, and says so: no expert, and held to all else."""
+
+    token_wise = False
 
 
 class Noisy(Squared):
@@ -463,6 +483,7 @@ BROKEN = [
     ("norm", HalfReset, "norm 'HalfReset': `shift` is not filled by reset_parameters"),
     ("norm", Clock, "`weight` differs between two models of one seed"),
     ("init", OneSeed, "two seeds give the same weights"),
+    ("norm", Scalar, "parameter `gain` has no dimension; give it one, as FSDP2 shards no scalar"),
     ("norm", OnCPU, "`table` is on cpu although the model is built on meta"),
     ("ffn", Summed, r"the output is \[8, 16, 1\], not \[8, 16, 32\]"),
     ("activation", NotANumber, "the output is not finite"),
@@ -517,6 +538,7 @@ def test_what_a_component_declares_is_taken_at_its_word() -> None:
         batch_coupled = True
 
     check_component("ffn", Declared)
+    check_component("ffn", SaysSo)
     check_component("norm", Coupled)
 
 

@@ -180,11 +180,11 @@ REFUSALS = [
     ("llama", {"quantization_config": {"quant_method": "gptq"}},
      "weights quantised by 'gptq' are not read; give the model before that"),
     ("llama", {"num_hidden_layers": 2},
-     "tensor model.layers.2.input_layernorm.weight has no counterpart in the model that config.json describes"),
+     "tensor model.layers.2.input_layernorm.weight has no counterpart in the model that its config describes"),
     ("llama", {"num_hidden_layers": 4},
      "tensor layers.3.attention.k.weight of the model has no counterpart in the weights"),
     ("llama", {"intermediate_size": 40},
-     "tensor model.layers.0.mlp.gate_proj.weight is [48, 32], but config.json says [40, 32]"),
+     "tensor model.layers.0.mlp.gate_proj.weight is [48, 32], but its config says [40, 32]"),
 ]  # fmt: skip
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekit.components.contracts import ForwardContext
 from sparsekit.errors import SpecError
 from sparsekit.model.accounting import activation_bytes, describe
 from sparsekit.model.build import build_model
-from sparsekit.model.generate import KVCache
+from sparsekit.model.cache import KVCache
 from sparsekit.spec.load import load_spec
 from sparsekit.training.recompute import recompute
 
@@ -132,8 +131,8 @@ def test_a_window_costs_its_reach(tiny):
 def test_cache_bytes_are_what_a_cache_holds(tiny):
     spec = tiny(n_layers=3, layers={"0": {"attention": {"n_kv_heads": 4}}, "1": {"attention": ATTENTIONS["mla"]}})
     model, cache = build_model(spec), KVCache(10)
-    model(torch.zeros(1, 10, dtype=torch.int64), ForwardContext(positions_BT=torch.arange(10)[None], cache=cache))
-    held = sum(t.numel() * t.element_size() for pair in cache._layers.values() for t in pair)
+    model(torch.zeros(1, 10, dtype=torch.int64), cache.context(10, torch.device("cpu")))
+    held = sum(t.numel() * t.element_size() for pair in cache.layers.values() for t in pair)
     assert describe(spec).cache_bytes_per_token * 10 == held
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sparsekit.catalogue import BUILT_IN
 from sparsekit.components.attention import KernelAttention
 from sparsekit.model.build import build_model
-from sparsekit.model.generate import KVCache, can_cache, generate, generate_batch, together
+from sparsekit.model.cache import KVCache
+from sparsekit.model.generate import can_cache, generate, generate_batch, together
 from sparsekit.model.sampling import Sampling
 
 ATTENTIONS = {

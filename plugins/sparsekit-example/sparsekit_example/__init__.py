@@ -42,7 +42,7 @@ class ScaleNorm(Norm):
 
     def __init__(self, params: Params, build: Build):
         super().__init__(params, build)
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.scale, self.width**0.5)
