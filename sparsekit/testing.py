@@ -41,6 +41,7 @@ import torch
 from pydantic import ValidationError
 
 from sparsekit.checks import MODEL_KINDS, NEEDED, Check, Subject, checks_of, example
+from sparsekit.errors import UnknownNameError
 from sparsekit.examples import EXAMPLES, example_slot
 from sparsekit.registry import registry
 
@@ -75,11 +76,15 @@ def check_component(
 
     Raises:
         ContractError: a line for each way in which it breaks its contract.
+        UnknownNameError, PluginError: nothing is registered under the name, or it cannot be imported.
     """
     device = torch.device(device)
     devices = [device.index or 0] if device.type == "cuda" else []
     with _registered(kind, component) as name, torch.random.fork_rng(devices=devices):
-        cls = registry(kind).get(name)
+        try:
+            cls = registry(kind).get(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error}; pip install -e the package that brings it, again if it is new") from None
         label = f"{kind} {name.removeprefix('_')!r}"
         problems: dict[str, Exception | None] = {}
         subject = Subject(kind, name, cls, {"type": name, **(params or {})}, compile_backend, device, dtype)

@@ -13,6 +13,8 @@ from sparsekit.registry import KINDS, registry
 
 ROOT = Path(__file__).parents[1] / "sparsekit"
 
+BELOW_TRAINING = {"errors", "spec", "components", "model", "data"}
+
 # each layer may import itself and those named; what stands in no layer is at the top and may import anything
 LAYERS = {
     "errors": set(),
@@ -30,10 +32,8 @@ LAYERS = {
     "interop": {"errors", "registry", "files", "spec", "components", "model", "data"},
     "examples": {"registry"},
     "checks": {"registry", "spec", "components", "model", "examples"},
-    "checks_beside": {
-        "errors", "spec", "components", "model", "data", "training", "probes", "sparsifiers", "checks", "examples",
-    },  # fmt: skip
-    "testing": {"checks", "checks_beside", "examples", "registry", "spec", "components", "model"},
+    "checks_beside": BELOW_TRAINING | {"training", "probes", "sparsifiers", "checks", "examples"},
+    "testing": {"errors", "checks", "checks_beside", "examples", "registry", "spec", "components", "model"},
     "__init__": set(),
 }
 # a mixture and an attention are made of parts that slots fill; these share code and not choices

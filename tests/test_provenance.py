@@ -16,8 +16,11 @@ from sparsekit import build_model, registry
 from sparsekit.errors import SpecError
 from sparsekit.examples import example_slot, fragment
 from sparsekit.probes.base import Tokens
+from sparsekit.probes.layered import layered
 from sparsekit.probes.runner import choose, run_probes
 from sparsekit.registry import KINDS
+from sparsekit.sparsifiers.calibration import Calibration
+from sparsekit.sparsifiers.choose import make
 from sparsekit.spec.load import dump, load_spec, with_packages
 
 from .cli.test_catalogue import BASE, laid
@@ -29,6 +32,8 @@ LIKE = {
     "linear": "plain", "embedding": "token", "init": "normal", "objective": "next_token", "optimizer": "adamw",
     "schedule": "constant", "callback": "progress", "source": "text", "tokenizer": "byte", "probe": "variance",
 }  # fmt: skip
+
+TEAL = "from sparsekit.sparsifiers.inputs import Teal\n\n\nclass Part(Teal):\n    '''Another by name.'''\n"
 
 
 @pytest.fixture
@@ -86,6 +91,26 @@ def test_a_package_is_recorded_and_asked_for(kind: str, folder: Path) -> None:
     first, second = caught.value.problems
     assert first == f"packages: made with own_{kind} 1.5, and 2.0 is installed; install that version"
     assert f"unknown {kind} 'own' (did you mean 'own_2'?)" in second
+
+
+def test_a_calibration_is_of_a_package_too(folder: Path) -> None:
+    write_plugin(folder, "own_sparsifier", {"sparsifier": ["own"]}, TEAL, "1.5")
+    registry._plugin_entries.cache_clear()
+    tokens, view = Tokens.of(torch.arange(32).view(2, 16)), layered(build_model({**BASE["model"], "vocab_size": 64}))
+    make("own").calibrate(view, tokens).save(folder / "own")
+    make("teal").calibrate(view, tokens).save(folder / "teal")
+    for name, packages in (("own", {"own_sparsifier": "1.5"}), ("teal", {})):
+        calibration = Calibration.load(folder / name)
+        assert calibration.meta["packages"] == packages
+        with calibration.install(view):
+            pass
+    saved = Calibration.load(folder / "own")
+    uninstall(folder)
+    with pytest.raises(SpecError) as caught:
+        saved.install(view)
+    assert caught.value.problems == [
+        "packages: made with own_sparsifier 1.5, which is not installed; install that package"
+    ]
 
 
 def test_a_probe_says_which_package_it_is_of(folder: Path) -> None:

@@ -81,6 +81,7 @@ class KernelAttention(Attention):
         self.normalizer: nn.Module | None = None if softmax else build.child(params.normalizer)
         self.asked = self.rule(params, build.d_model)
         self.mask_key = self.asked.key(params.kernel.type)
+        self.ragged = params.position.type != "alibi"  # whose kernels tell distances from tensor sizes
         self.sink_H = nn.Parameter(torch.empty(self.n_heads)) if params.sink_logits else None
 
     def reset_parameters(self) -> None:

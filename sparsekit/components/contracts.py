@@ -298,9 +298,12 @@ class Attention(Component):
     Attributes:
         caches: given ``context.cache``, it keeps its keys and values there; where an attention does not, generation
             runs the whole sequence again for each token.
+        ragged: with a cache it goes by each sequence's own ``context.positions_BT``, and not by how many queries or
+            keys there are; where an attention does not, only sequences that are equally long share a forward.
     """
 
     caches: bool = False
+    ragged: bool = False
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError

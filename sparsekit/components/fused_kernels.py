@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekit.components.contracts import ForwardContext
-from sparsekit.components.kernels import HALF, Extras, Kernel, Rule, begins, installed, places, sees
+from sparsekit.components.kernels import HALF, Extras, Kernel, Rule, begins, constant, installed, places, sees
 
 
 class Flex(Kernel):
@@ -112,7 +112,7 @@ class Varlen(Kernel):
         return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _varlen_has(option: str) -> bool:
     """Whether this version of torch has an option."""
     return option in _varlen_options()

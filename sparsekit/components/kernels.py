@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -191,7 +192,13 @@ def _class(name: str) -> type[Kernel]:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant(function: Callable[..., bool]) -> Callable[..., bool]:
+    """``torch.compiler.assume_constant_result``, which loads the whole compiler, a second of a start, to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def installed(package: str) -> bool:
     """Whether a package can be imported, found out once and while a model is traced, not in it."""
     return _found(package)

@@ -50,6 +50,7 @@ class Mixture(FeedForward):
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
         self.n_experts = self.experts_of(params)
+        self.make_router(build)
         one_module = params.expert.cls.grouped
         if one_module:
             self.experts = build.experts(self.n_experts).child(params.expert)
@@ -62,6 +63,9 @@ class Mixture(FeedForward):
         self.counter("load", self.n_experts)
         self.counter("load_max")
         self.counter("load_entropy")
+
+    def make_router(self, build: Build) -> None:
+        """Builds what routes, before the experts: weights are drawn in the order in which parts are built."""
 
     def send(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """sum of w FFN_e(x_t) over the assignments (t, e, w) of each token t, and how many each expert has, [E]."""
@@ -171,8 +175,10 @@ class MoE(Mixture):
 
     def __init__(self, params: Any, build: Build):
         super().__init__(params, build)
-        self.router = build.child(params.router, n_experts=params.n_experts)
         self.shared_expert = None if params.shared_expert is None else build.child(params.shared_expert)
+
+    def make_router(self, build: Build) -> None:
+        self.router = build.child(self.params.router, n_experts=self.n_experts)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])  # N may be 0: a mixture inside a mixture, whose expert nobody chose

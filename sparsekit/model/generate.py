@@ -9,9 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparsekit.components.attention import KernelAttention
 from sparsekit.components.contracts import Component, ForwardContext
-from sparsekit.components.positions import ALiBi
 from sparsekit.errors import SparsekitError
 from sparsekit.model.cache import KVCache
 from sparsekit.model.decoder import Decoder, Unembedding
@@ -190,7 +188,7 @@ def together(model: Decoder, lengths: Sequence[int], batch_size: int | None = No
     if not pads(model):
         return [[i] for i in order]
     groups = [order]
-    if can_cache(model) and not all(_ragged(layer.attention) for layer in model.layers):
+    if can_cache(model) and not all(layer.attention.ragged for layer in model.layers):
         groups = [list(group) for _, group in groupby(order, key=lambda i: lengths[i])]
     size = batch_size or max(len(lengths), 1)
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
@@ -206,12 +204,7 @@ def _demand_one_shape(model: Decoder) -> None:
     """Refuses to compile a step that is not the same for every token."""
     if not can_cache(model):
         raise SparsekitError("compile: this model keeps no cache of keys and values; leave it out")
-    odd = next((layer.attention for layer in model.layers if not _ragged(layer.attention)), None)
+    odd = next((layer.attention for layer in model.layers if not layer.attention.ragged), None)
     if odd is not None:
-        names = [type(odd).__name__, *([type(odd.position).__name__] if isinstance(odd, KernelAttention) else [])]
+        names = [type(part).__name__ for part in (odd, getattr(odd, "position", None)) if part is not None]
         raise SparsekitError(f"compile: {' with '.join(names)} needs to know how long a sequence is; leave it out")
-
-
-def _ragged(attention: Component) -> bool:
-    # ALiBi's kernels tell distances from tensor sizes, and another's attention need not read each row's positions
-    return isinstance(attention, KernelAttention) and not isinstance(attention.position, ALiBi)

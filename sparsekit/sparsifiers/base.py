@@ -21,6 +21,7 @@ from sparsekit.sparsifiers.calibration import Calibration, mean_of
 from sparsekit.sparsifiers.installed import Installed, Site, SiteOf, Target, run_eagerly
 from sparsekit.sparsifiers.rules import Limit, Sample
 from sparsekit.sparsifiers.sites import FeedForward
+from sparsekit.spec.load import package_of
 
 Candidates = Mapping[SiteOf, tuple[Weight, FeedForward | None]]
 ENOUGH = 0.002  # by which a sparsity that is searched for may differ
@@ -84,6 +85,8 @@ class Sparsifier:
                 realised = installed.realised()
         weights = {where: target.weight.weight.numel() for where, target in targets.items()}
         params = self.params.model_dump(mode="json")
+        if self.name in registry("sparsifier").names():
+            meta["packages"] = package_of("sparsifier", self.name)
         return Calibration(self.name, params, limits, realised, weights, meta)
 
     def targets(self, view: LayeredModel, limits: Mapping[SiteOf, Limit]) -> dict[SiteOf, Target]:

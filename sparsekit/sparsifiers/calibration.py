@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import CheckpointError
+from sparsekit.errors import CheckpointError, SpecError
 from sparsekit.files import write_json, written_whole
 from sparsekit.probes.layered import LayeredModel, layered
 from sparsekit.sparsifiers.installed import Installed, SiteOf
 from sparsekit.sparsifiers.rules import Limit
+from sparsekit.spec.load import packages_then_and_now
 
 if TYPE_CHECKING:
     from sparsekit.sparsifiers.base import Sparsifier
@@ -49,10 +50,18 @@ class Calibration:
         return mean_of(self.realised, self.weights)
 
     def made(self) -> Sparsifier:
-        """The sparsifier itself."""
+        """The sparsifier itself.
+
+        Raises:
+            SpecError: it cannot be had; the message names the package that it was of.
+        """
         from sparsekit.sparsifiers.choose import make
 
-        return make({"type": self.sparsifier, **self.params})
+        try:
+            return make({"type": self.sparsifier, **self.params})
+        except SpecError as error:
+            missing, other = packages_then_and_now(self.meta)
+            raise SpecError(missing or other + error.problems) from None
 
     def install(self, model: nn.Module | LayeredModel, kernels: bool = False, count: bool = True) -> Installed:
         """Masks a model until ``remove()``; see :class:`~sparsekit.sparsifiers.installed.Installed`.

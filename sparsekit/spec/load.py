@@ -250,7 +250,7 @@ def validate(raw: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec.model_validate(raw)
     except ValidationError as error:
-        missing, other = _packages_then_and_now(raw)
+        missing, other = packages_then_and_now(raw)
         raise SpecError(missing + other + _explain(error, RunSpec, raw, names=not missing)) from None
 
 
@@ -299,8 +299,8 @@ def _sections_with(key: str) -> list[str]:
     ]
 
 
-def _packages_then_and_now(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Which packages a saved spec was made with that this environment lacks, and which it has in another version."""
+def packages_then_and_now(raw: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Of the ``packages`` that something was made with, which are missing here, and which are of another version."""
     wanted = raw.get("packages")
     missing, other = [], []
     for package, version in (wanted if isinstance(wanted, dict) else {}).items():
@@ -320,14 +320,18 @@ def dump(spec: Params) -> dict[str, Any]:
     return spec.model_dump(mode="json")
 
 
+def package_of(kind: str, name: str) -> dict[str, str]:
+    """The version of the plug-in package that brings an entry, by its name; of what is built in, nothing."""
+    entry = registry(kind).entry(name)
+    return {entry.owner: entry.version} if entry.owner != OURSELVES and entry.version else {}
+
+
 def with_packages(spec: RunSpec) -> RunSpec:
     """The spec with the version of every plug-in package that it uses."""
-    owners = {}
+    owners: dict[str, str] = {}
     for section in (spec.model, spec.data, spec.train, *spec.probes, *spec.model.per_layer):
         for _, choice in walk(section):
-            entry = registry(choice.kind).entry(choice.type)
-            if entry.owner != OURSELVES and entry.version:
-                owners[entry.owner] = entry.version
+            owners |= package_of(choice.kind, choice.type)
     return spec.model_copy(update={"packages": owners})
 
 

@@ -169,6 +169,15 @@ def test_every_kind_that_has_a_template_is_one() -> None:
 
 # ---- as an author does it
 
+
+def test_the_authors_guide_has_the_commands_that_are_printed() -> None:
+    guide = (Path(__file__).parents[2] / "plugins" / "README.md").read_text()
+    commands = guide.partition("```\n")[2].partition("```")[0].splitlines()
+    assert commands[0] == "sparsekit new plugin twin-ffn --kind ffn"
+    assert commands[1:-1] == new.next_steps(Path("twin-ffn"), "ffn", "twin_ffn")
+    assert len(commands) <= 10
+
+
 # in one process, since each new one imports torch
 ONE_AFTER_ANOTHER = """
 import json, sys

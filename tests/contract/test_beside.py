@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from sparsekit.components.feedforward import MLP
 from sparsekit.data.sources import Embedded, Source
 from sparsekit.data.tokenizers import Tokenizer
+from sparsekit.errors import UnknownNameError
 from sparsekit.probes.base import Probe, ProbeResult
 from sparsekit.sparsifiers.inputs import Teal
 from sparsekit.testing import ContractError, check_component
@@ -307,6 +308,11 @@ def test_a_source_that_reads_what_is_not_there_is_wrong_where_its_author_named_i
 
     with pytest.raises(ContractError, match="FileNotFoundError: no such novel"):
         check_component("source", NoNovel)
+
+
+def test_a_name_that_is_not_registered_is_no_breach() -> None:
+    with pytest.raises(UnknownNameError, match="unknown ffn 'mine'; registered: .*; pip install -e the package that"):
+        check_component("ffn", "mine")
 
 
 def test_a_parameter_says_itself_what_may_stand_for_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -298,6 +299,14 @@ class Forgetful(attention.MultiHead):
         return super().forward(x_BTD, ForwardContext())
 
 
+class OneLength(attention.MultiHead):
+    """Takes all sequences of a cache to be as long as the first, and says otherwise."""
+
+    def forward(self, x_BTD: Any, context: Any) -> Any:
+        first_BT = None if context.positions_BT is None else context.positions_BT[:1]
+        return super().forward(x_BTD, replace(context, positions_BT=first_BT))
+
+
 class ByPlace(positions.NoPosition):
     """Numbers positions from 0 in each forward, whatever the context says."""
 
@@ -494,6 +503,7 @@ BROKEN = [
     ("kernel", Deaf, "the output of a document changes when the document before it changes"),
     ("kernel", DeafAbroad, "the output of a document changes when the document before it changes"),
     ("attention", Forgetful, "with a key-value cache the output at position 5 is another, but caches=True"),
+    ("attention", OneLength, "with longer sequences in its cache the output at position . is another, but ragged=True"),
     ("position", ByPlace, "with a key-value cache the output at position 5 is another"),
     ("norm", BatchNorm, "the output of sequence 0 changes when sequence 1 changes .*, but batch_coupled=False"),
     ("ffn", Shifted, "permuting the tokens does not permute the outputs"),
@@ -540,6 +550,27 @@ def test_what_a_component_declares_is_taken_at_its_word() -> None:
     check_component("ffn", Declared)
     check_component("ffn", SaysSo)
     check_component("norm", Coupled)
+
+
+@pytest.mark.slow
+def test_what_aot_eager_alone_cannot_compile_is_no_breach() -> None:
+    """torch's: the backward of elu on a transposed tensor, as linear attentions have it. Inductor takes it."""
+
+    class Linear(attention.MultiHead):
+        """y_t = sum over s <= t of f(q_t) f(k_s) v_s, over the sum of f(q_t) f(k_s), f = elu + 1."""
+
+        caches = False
+
+        def attend(self, q_BHTK: Any, k_BHTK: Any, v_BHTV: Any, context: Any) -> Any:
+            q, k = (nn.functional.elu(x) + 1 for x in (q_BHTK, k_BHTK))
+            length = q.shape[2]
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None]
+            if context.documents_BT is not None:
+                seen = seen & (context.documents_BT[:, :, None] == context.documents_BT[:, None, :])
+            s_BHTT = (q @ k.transpose(-1, -2)).masked_fill(~seen[:, None], 0)
+            return (s_BHTT @ v_BHTV / s_BHTT.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+    check_component("attention", Linear, {"position": "none"})
 
 
 def test_without_the_declaration_the_same_is_a_breach() -> None:

@@ -22,7 +22,8 @@ class BlockFFN(Router):
     Of p = a / sum(a), in chunks of ``chunk`` consecutive tokens: chunk loss 1 - mean over chunks and experts of
     prod over the chunk's tokens of (1 - p), the chance that a chunk needs an expert. Of the scores r = W x before the
     relu: locality loss BCE(sigmoid(s r_t), sigmoid(s r_t-1)), s ``sharpness``, over neighbours. Both are attached with
-    their coefficients. Counters tell the share of experts that a token, and that a whole chunk, leaves out.
+    their coefficients, whose defaults are this package's. Counters tell the share of experts that a token, and that a
+    whole chunk, leaves out.
 
     The paper's experts are {"type": "mlp", "activation": "silu"}. ``max_experts`` keeps a token's largest scores alone,
     which bounds the rows that are laid out for it. Costs are counted as at initialisation, where every second score is

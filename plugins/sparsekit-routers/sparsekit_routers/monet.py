@@ -31,8 +31,8 @@ class ProductKeys(FeedForward):
     grouped = False  # statistics are of all tokens
 
     class Params(FeedForward.Params):
-        n: PositiveInt
-        d_expert: PositiveInt
+        n: PositiveInt = Field(examples=[16])
+        d_expert: PositiveInt = Field(examples=[4])
         n_heads: PositiveInt = 4
         k: PositiveInt = 8
         activation: Annotated[Choice, Slot("activation")] = pick("relu2")

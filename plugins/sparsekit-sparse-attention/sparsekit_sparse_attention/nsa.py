@@ -57,6 +57,7 @@ class NSA(Attention):
     """
 
     caches = True
+    ragged = True
 
     class Params(Attention.Params):
         n_heads: PositiveInt

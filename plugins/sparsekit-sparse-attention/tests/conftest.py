@@ -56,7 +56,7 @@ def trained(tmp_path: Path) -> Callable[..., Trainer]:
         text = "\n".join(words[(i * i + 3 * i // 7) % len(words)] for i in range(4000))
         (tmp_path / "text.txt").write_text(text)
         raw = json.loads((SPECS / f"{name}.json").read_text())
-        raw["model"] |= model
+        raw["model"] |= {"max_seq_len": 32, **model}
         raw["data"] = {"source": {"type": "text", "path": str(tmp_path / "text.txt")}}
         raw["train"] |= {"device": "cpu", "callbacks": [], "log_every": 1, "eval_tokens": 128, "micro_batch_size": 2}
         raw["train"]["max_steps"] = steps

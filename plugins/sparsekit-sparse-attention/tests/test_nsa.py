@@ -10,7 +10,8 @@ import torch
 from sparsekit.components.contracts import ForwardContext
 from sparsekit.errors import SpecError
 from sparsekit.model.build import build_model
-from sparsekit.model.generate import can_cache, generate
+from sparsekit.model.generate import can_cache, generate, generate_batch, together
+from sparsekit.model.sampling import Sampling
 
 D, H, G, K, T = 12, 4, 2, 4, 23
 SMALL = {"block": 4, "stride": 2, "select_block": 4, "n_select": 3, "n_local": 1, "window": 5}
@@ -172,6 +173,20 @@ def test_generation_with_the_cache_is_that_without():
             assert int(made(torch.tensor([ids]))[0, -1].argmax()) == token
         ids = [*ids, token]
     assert len(set(ids)) > 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prompts_of_different_lengths_share_a_cache(compiled):
+    made, prompts = model().eval(), [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2], [7, 1, 8, 2]]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(10)
+    assert together(made, [9, 1, 4]) == [[0, 2, 1]]
+    sampling, got = Sampling(temperature=0), [[], [], []]
+    options = {"compile": True, "backend": "eager"} if compiled else {}
+    for index, token in generate_batch(made, prompts, 12, sampling=sampling, **options):
+        got[index].append(token)
+    assert got == [list(generate(made, prompt, 12, temperature=0)) for prompt in prompts]
 
 
 def test_costs_go_by_what_is_seen():
