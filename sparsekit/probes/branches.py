@@ -22,7 +22,7 @@ from sparsekit.probes.layered import LayeredModel, Pass
 # of a layer's intermediate values, in units of d_model: the norms' outputs, q, k, v, gate, up and their product
 WIDTH_OF_A_LAYER = 24
 # beyond which a matrix product gains nothing, while caches overflow
-MOST_TOKENS_ON_CPU = 2048
+MOST_TOKENS_ON_CPU = 1024
 
 
 class BranchParams(spec.Params):
