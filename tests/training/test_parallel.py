@@ -478,7 +478,8 @@ def compare(n: int, cases: dict[str, tuple[dict[str, Any], dict[str, Any], float
             if key.startswith("model."):
                 torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
             elif key.startswith("optimizer.exp_avg/"):  # gradients, of which Adam's updates do not tell the size
-                assert (a[key] - b[key]).abs().max() <= 1e-3 * a[key].abs().max(), (name, key)
+                # a key's bias moves no softmax, so that its gradient is rounding alone
+                assert (a[key] - b[key]).abs().max() <= 1e-3 * a[key].abs().max() + 1e-11, (name, key)
 
 
 def shapes(folder: Path, rank: int) -> dict[str, list[int]]:
