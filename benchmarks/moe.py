@@ -89,10 +89,7 @@ def compare_layers(shape: str, options: argparse.Namespace, device: torch.device
     for _ in range(3):
         for run in runs.values():
             run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            times[name].append(timed(run, options.steps, device))
+    times = interleaved(runs, options, device)
     if options.profile:
         profile(shape, runs["mixture"], device)
     rows = []
@@ -102,6 +99,17 @@ def compare_layers(shape: str, options: argparse.Namespace, device: torch.device
         rows.append({"shape": shape, "side": name, "ms": ms, "load": load, "rounds": times[name],
                      "against_dense": median(times["dense"]) / ms, "goal": GOALS.get(shape)})  # fmt: skip
     return rows
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], options: argparse.Namespace, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of each side, round after round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            times[name].append(timed(run, options.steps, device))
+    return times
 
 
 def compare_whole(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -118,10 +126,7 @@ def compare_whole(name: str, options: argparse.Namespace, device: torch.device) 
         steps[side] = training_step(build_model(spec, device=device), text)
         for _ in range(3):
             steps[side]()
-    times: dict[str, list[float]] = {side: [] for side in steps}
-    for _ in range(options.rounds):
-        for side, step in steps.items():
-            times[side].append(timed(step, options.steps, device))
+    times = interleaved(steps, options, device)
     if options.profile:
         profile(name, steps["mixture"], device)
     rows = []

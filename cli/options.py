@@ -14,4 +14,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Changes a field of the spec, such as train.optimizer.lr=3e-4."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
+SeqLen = Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default up to 512.", show_default=False)]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences at a time.")]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 …; by default as the device likes.", show_default=False)
+]
+Plots = Annotated[bool, typer.Option(help="Draw pictures.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json
+from .options import Batch, Device, DType, Json, Plots, SeqLen
 from .sparsify import CalibrationText, Sparsifier, under
 
 
@@ -35,25 +35,22 @@ def probe(
                      show_default=False),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="How many windows of the text.")] = 100,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window; by default up to 512.", show_default=False)
-    ] = None,
+    seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the windows, and of what probes draw.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    batch: Batch = 8,
     sparsifier: Sparsifier = None,
     calibration: CalibrationText = None,
     device: Device = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 …; by default as the device likes.", show_default=False)
-    ] = None,
+    dtype: DType = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Where results go; by default a run's own folder, or probes/NAME.", show_default=False),
     ] = None,
-    plots: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
+    plots: Plots = True,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Measures what every layer of a model does."""
+    from sparsekit.model.targets import dtype_of
     from sparsekit.probes.results import comparison
     from sparsekit.probes.runner import probe as run
 
@@ -66,7 +63,7 @@ def probe(
         with _shown() as report:
             found[target] = run(
                 target, chosen, data, sequences=sequences, seq_len=seq_len, seed=seed, batch_size=batch,
-                device=device, dtype=_dtype(dtype), out=folder, plots=plots, report=report,
+                device=device, dtype=None if dtype is None else dtype_of(dtype), out=folder, plots=plots, report=report,
                 within=within,
             )  # fmt: skip
         where = folder or "the run's probes/"
@@ -89,19 +86,6 @@ def _listed(text: str) -> list[str]:
             found[-1] += f",{part}"
         else:
             found.append(part)
-    return found
-
-
-def _dtype(name: str | None) -> Any:
-    if name is None:
-        return None
-    import torch
-
-    from sparsekit.errors import SparsekitError
-
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SparsekitError(f"--dtype {name}: no such floating-point type; give float32, bfloat16, float16 or float64")
     return found
 
 

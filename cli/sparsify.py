@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Json
+from .options import Batch, Device, DType, Json, Plots, SeqLen
 
 Sparsifier = Annotated[
     str | None,
@@ -73,34 +73,30 @@ def sparsify(
     ] = None,
     calibration: CalibrationText = None,
     sequences: Annotated[int, typer.Option(min=2, help="How many windows of the text.")] = 64,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window; by default up to 512.", show_default=False)
-    ] = None,
+    seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the windows, and of what is drawn.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
+    batch: Batch = 8,
     device: Device = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 …; by default as the device likes.", show_default=False)
-    ] = None,
+    dtype: DType = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Where calibration, thresholds, results and heat map go; by default a run's own folder, "
                      "or sparsify/NAME.", show_default=False),
     ] = None,
-    plots: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
+    plots: Plots = True,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Tells how much of a model can be skipped, and what that costs and saves."""
+    from sparsekit.model.targets import dtype_of
     from sparsekit.sparsifiers.report import sparsify as run
     from sparsekit.sparsifiers.report import told
     from sparsekit.training.distributed import usable
 
-    from .probe import _dtype
-
     folder = out or _folder(target, sparsifier)
     report = run(
         target, sparsifier, data, calibration=calibration, sequences=sequences, seq_len=seq_len, seed=seed,
-        batch_size=batch, device=usable(device, "--device"), dtype=_dtype(dtype), out=folder, plots=plots,
+        batch_size=batch, device=usable(device, "--device"), dtype=None if dtype is None else dtype_of(dtype),
+        out=folder, plots=plots,
     )  # fmt: skip
     if as_json:
         print(json.dumps({"sparsifier": report.calibration.sparsifier, **report.result.scalars}, indent=2))

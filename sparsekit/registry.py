@@ -62,9 +62,8 @@ class Registry:
         for entry in _plugin_entries().get(self.kind, ()):
             claims.setdefault(entry.name, []).append(entry)
         for name, cls in self._registered.items():
-            target = f"{cls.__module__}:{cls.__qualname__}"
             summary = (cls.__doc__ or "").strip().partition("\n")[0]
-            claims.setdefault(name, []).append(Entry(self.kind, name, target, cls.__module__, "", summary))
+            claims.setdefault(name, []).append(Entry(self.kind, name, target_of(cls), cls.__module__, "", summary))
         return claims
 
     def entries(self) -> list[Entry]:
@@ -73,6 +72,11 @@ class Registry:
 
     def names(self) -> list[str]:
         return sorted(self._entries())
+
+    def entry_of(self, cls: type) -> Entry | None:
+        """What a class is registered as, if it is."""
+        target = target_of(cls)
+        return next((entry for entry in self.entries() if entry.target == target), None)
 
     def collisions(self) -> list[str]:
         """A line for each name that more than one package claims."""
@@ -139,7 +143,7 @@ class Registry:
             claims = self._entries().get(name)
             if claims:
                 raise PluginError(
-                    f"{self.kind} {name!r} of {cls.__module__}:{cls.__qualname__} is already registered by "
+                    f"{self.kind} {name!r} of {target_of(cls)} is already registered by "
                     f"{claims[0].owner} ({claims[0].target}); choose another name"
                 )
             self._registered[name] = cls
@@ -150,6 +154,11 @@ class Registry:
     def unregister(self, name: str) -> None:
         """Takes back what :meth:`register` registered."""
         self._registered.pop(name, None)
+
+
+def target_of(cls: type) -> str:
+    """Where a class is found, as entry points say it."""
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 _registries = {kind: Registry(kind) for kind in KINDS}

@@ -26,6 +26,8 @@ What each kind is held to:
   numbers, the same each time, of a model that is left as it was; sparsifier: limits that are the same each time, on
   disk too, and leave no trace once removed.
 
+Two more for tests of a formula: :func:`component_alone` and :func:`short_run`.
+
 The checks themselves are in :mod:`sparsekit.checks` and :mod:`sparsekit.checks_beside`. Required parameters are filled
 from ``EXAMPLES`` by field name, from a field's own ``Field(examples=[...])``, or by ``params``.
 """
@@ -35,17 +37,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from sparsekit.checks import MODEL_KINDS, NEEDED, Check, Subject, checks_of, example
+from sparsekit.components.contracts import Build
 from sparsekit.errors import UnknownNameError
 from sparsekit.examples import EXAMPLES, example_slot
+from sparsekit.model.build import initialise
 from sparsekit.registry import registry
+from sparsekit.spec import Slot
 
-__all__ = ["EXAMPLES", "MODEL_KINDS", "ContractError", "check_component"]
+if TYPE_CHECKING:
+    from sparsekit.training.trainer import Trainer
+
+__all__ = ["EXAMPLES", "MODEL_KINDS", "ContractError", "check_component", "component_alone", "short_run"]
 
 
 class ContractError(AssertionError):
@@ -103,6 +113,63 @@ def check_component(
         raise ContractError("\n".join(problems)) from next((e for e in problems.values() if e), None)
 
 
+def component_alone(
+    kind: str,
+    slot: Any,
+    d_model: int = 16,
+    max_seq_len: int = 32,
+    *,
+    facts: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    layer_index: int = 0,
+    n_layers: int = 2,
+    linear: Any = "plain",
+    std: float = 0.3,
+) -> nn.Module:
+    """A component built without a model around it, every parameter random, to be held against its formula.
+
+    Args:
+        slot: its name, or an object with its ``type``.
+        facts: what else its place in a model tells it, such as ``n_experts``.
+        std: of its projections; to every parameter 0.1 times a normal number is added, as some start at 0 or 1.
+    """
+    init = Slot("init").validate({"type": "normal", "std": std})
+    build = Build(d_model, max_seq_len, layer_index, n_layers, Slot("linear").validate(linear), init)
+    with torch.device("meta"):
+        module: nn.Module = build.child(Slot(kind).validate(slot), **(facts or {}))
+    module = module.to(dtype).to_empty(device="cpu")
+    initialise(module, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return module
+
+
+def short_run(spec: str | Path, folder: Path, steps: int = 50, **model: Any) -> Trainer:
+    """The trainer of a run's spec, done with a few steps on a small text of its own, on the CPU.
+
+    Args:
+        folder: an empty one, which gets the text and the run.
+        model: other values in the spec's model.
+    """
+    from sparsekit.model.targets import Run
+    from sparsekit.spec.load import read_json, validate
+    from sparsekit.training.trainer import Trainer
+
+    words = ("it", "is", "a", "truth", "acknowledged", "that", "one", "man", "in", "want", "of", "good")
+    text = folder / "text.txt"
+    text.write_text("\n".join(words[(i * i + 3 * i // 7) % len(words)] for i in range(4000)))
+    raw = read_json(Path(spec))
+    raw["model"] |= {"max_seq_len": 32, **model}
+    raw["data"] = {"source": {"type": "text", "path": str(text)}}
+    raw["train"] |= {"device": "cpu", "callbacks": [], "log_every": 1, "eval_tokens": 128, "micro_batch_size": 2}
+    raw["train"]["max_steps"] = steps
+    trainer = Trainer(validate(raw), Run(folder / "run"))
+    trainer.fit()
+    return trainer
+
+
 def _beside(kind: str) -> tuple[Check, ...]:
     """What a kind that is no part of a model is held to."""
     if kind in MODEL_KINDS:
@@ -119,11 +186,10 @@ def _registered(kind: str, component: str | type) -> Iterator[str]:
     if isinstance(component, str):
         yield component
         return
-    target = f"{component.__module__}:{component.__qualname__}"
-    for entry in names.entries():
-        if entry.target == target and names.get(entry.name) is component:
-            yield entry.name
-            return
+    entry = names.entry_of(component)
+    if entry is not None and names.get(entry.name) is component:
+        yield entry.name
+        return
     name = f"_{component.__name__}"
     names.register(name)(component)
     try:

@@ -33,7 +33,7 @@ LAYERS = {
     "examples": {"registry"},
     "checks": {"registry", "spec", "components", "model", "examples"},
     "checks_beside": BELOW_TRAINING | {"training", "probes", "sparsifiers", "checks", "examples"},
-    "testing": {"errors", "checks", "checks_beside", "examples", "registry", "spec", "components", "model"},
+    "testing": {"errors", "checks", "checks_beside", "examples", "registry", "spec", "components", "model", "training"},
     "__init__": set(),
 }
 # a mixture and an attention are made of parts that slots fill; these share code and not choices

@@ -433,6 +433,11 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if autocasts else dtype
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are added up in: float32, or float64 where they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _AttachLoss(torch.autograd.Function):
     """Identity on an activation, whose backward also gives a loss its gradient."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Component, ForwardContext, compute_dtype
+from sparsekit.components.contracts import Component, ForwardContext, compute_dtype, wide
 from sparsekit.errors import SparsekitError
 from sparsekit.registry import registry
 from sparsekit.spec.facts import Facts, check_children
@@ -297,7 +297,7 @@ class Eager(Kernel):
         """[batch, heads, queries, keys]; rows sum to 1, less what a learned sink takes."""
         k_BHSK = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores_BHTS = q @ k_BHSK.transpose(-2, -1) * extras.scale
-        scores_BHTS = scores_BHTS.to(torch.promote_types(q.dtype, torch.float32))
+        scores_BHTS = scores_BHTS.to(wide(q.dtype))
         if extras.softcap is not None:
             scores_BHTS = extras.softcap * torch.tanh(scores_BHTS / extras.softcap)
         if extras.slopes_H is not None:

@@ -21,6 +21,7 @@ from sparsekit.components.contracts import (
     active_parameters,
     below,
     flops_per_token,
+    wide,
 )
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
@@ -287,7 +288,7 @@ class _Combine(torch.autograd.Function):
 
 def _summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor) -> Tensor:
     """sum over s of weight[n, s] x[back[n, s]], in float32 or wider, term by term: compiled, one pass."""
-    total = torch.zeros((), dtype=torch.promote_types(x_MD.dtype, torch.float32), device=x_MD.device)
+    total = torch.zeros((), dtype=wide(x_MD.dtype), device=x_MD.device)
     for slot, back_N in enumerate(back_NS.unbind(1)):
         term_ND = x_MD[back_N].to(total.dtype)
         total = total + (term_ND if weight_NS is None else term_ND * weight_NS[:, slot, None])

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Build, ForwardContext, Position
+from sparsekit.components.contracts import Build, ForwardContext, Position, wide
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot
 
@@ -23,12 +23,12 @@ class TabledPosition(Position):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         found = {name: getattr(self, name) for name in self.tables}
         dtype = next(iter(found.values())).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        stale = wide != dtype or wide == torch.float64
+        full = wide(dtype)
+        stale = full != dtype or full == torch.float64
         if stale and not any(table.is_meta for table in found.values()):
             # a cast has rounded the tables, or float64 can hold better ones
             for name, table in found.items():
-                setattr(self, name, torch.empty_like(table, dtype=wide))
+                setattr(self, name, torch.empty_like(table, dtype=full))
             self.reset_parameters()
         return self
 

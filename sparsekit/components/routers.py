@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from sparsekit.components.contracts import Build, ForwardContext, Router, Routing, attach_loss
+from sparsekit.components.contracts import Build, ForwardContext, Router, Routing, attach_loss, wide
 from sparsekit.spec.facts import Facts
 
 
@@ -75,7 +75,7 @@ def capacity(factor: float, n_tokens: int, n_experts: int) -> int:
 
 def widened(logits: Tensor) -> Tensor:
     """In float32 or wider, which a softmax over experts needs."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(wide(logits.dtype))
 
 
 def one_hot(expert_NK: Tensor, scores_NE: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from sparsekit.data.tokenizers import ByteTokenizer, Tokenizer
 from sparsekit.errors import CheckpointError, SparsekitError, did_you_mean
 from sparsekit.interop.config import transformers
-from sparsekit.interop.families import ACTIVATIONS, FAMILIES, OURS
+from sparsekit.interop.families import ACTIVATIONS, FAMILIES, GATED, OURS
 from sparsekit.interop.folders import BESIDE, GENERATION, TOKENIZER, TOKENIZER_CONFIG, save_sharded
 from sparsekit.interop.importing import demand_free, load_original, spec_of
 from sparsekit.interop.parity import Difference, compared, logits_of, some_ids
@@ -25,7 +25,7 @@ from sparsekit.spec.merge import differences
 from sparsekit.spec.model import BlockSpec, ModelSpec
 
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs not in ("swish", "gelu_new")}
-GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+ACTIVATION_OF = {ours: act for act, ours in GATED.items()}
 # which families are tried, those that most programs read first
 ORDER = [name for name, family in FAMILIES.items() if family.stands_in is None and name != OURS]
 
@@ -211,8 +211,8 @@ def _function_of_block(block: BlockSpec, d_model: int) -> dict[str, Any]:
 
 
 def _function_of_ffn(ffn: dict[str, Any]) -> dict[str, Any]:
-    if ffn["type"] in GATED:
-        return {**ffn, "type": "gated", "activation": {"type": GATED[ffn["type"]]}}
+    if ffn["type"] in ACTIVATION_OF:
+        return {**ffn, "type": "gated", "activation": {"type": ACTIVATION_OF[ffn["type"]]}}
     if ffn["type"] == "moe":
         trained = ("load_balance", "z_loss", "jitter")
         router = {key: value for key, value in ffn["router"].items() if key not in trained}
@@ -305,7 +305,7 @@ def _ffn(layers: Sequence[BlockSpec]) -> dict[str, Any]:
     dense = next((ffn for ffn in dumps if ffn["type"] != "moe"), None)
     mixture = next((ffn for ffn in dumps if ffn["type"] == "moe"), None)
     shown = dense or (mixture or {})["expert"]
-    act = GATED.get(shown["type"]) or (shown.get("activation") or {}).get("type", "silu")
+    act = ACTIVATION_OF.get(shown["type"]) or (shown.get("activation") or {}).get("type", "silu")
     found["hidden_act"] = found["hidden_activation"] = THEIR_ACTIVATIONS.get(act, act)
     found["intermediate_size"] = shown.get("d_ff", 1)
     found["mlp_bias"] = bool(shown.get("bias", False))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparsekit.errors import CheckpointError
 from sparsekit.interop.config import transformers
+from sparsekit.spec.load import HUGGING_FACE
 
-SCHEME = "hf:"
 WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "config.yaml", "model.pt"]
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 BESIDE = (TOKENIZER_CONFIG, GENERATION, "special_tokens_map.json", "chat_template.jinja")  # kept for the way back
@@ -30,11 +30,11 @@ def locate(name: str) -> Path:
     Raises:
         CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
-    name = name.removeprefix(SCHEME)
+    name = name.removeprefix(HUGGING_FACE)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    told = f"{SCHEME}{name}: no such folder"
+    told = f"{HUGGING_FACE}{name}: no such folder"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(told)
     transformers()

@@ -15,7 +15,7 @@ from sparsekit.errors import CheckpointError, did_you_mean
 from sparsekit.files import seal, write_json
 from sparsekit.interop.config import Config, as_config, quiet, read_raw, resolved, transformers
 from sparsekit.interop.families import FAMILIES, Family, Spec, refused
-from sparsekit.interop.folders import BESIDE, SCHEME, Tensors, locate, save_sharded, tokenizer_state
+from sparsekit.interop.folders import BESIDE, Tensors, locate, save_sharded, tokenizer_state
 from sparsekit.interop.olmo import FAMILY as OLMO
 from sparsekit.interop.olmo import MODEL_TYPE, is_training, read_config
 from sparsekit.interop.parity import Difference, compared, logits_of, some_ids
@@ -23,7 +23,7 @@ from sparsekit.interop.tables import Shape, plan, to_ours
 from sparsekit.model.build import build_model
 from sparsekit.model.targets import SPEC, TOKENIZER, resolve
 from sparsekit.model.weights import MODEL_PREFIX, WEIGHTS, load_weights
-from sparsekit.spec.load import dump, load_spec
+from sparsekit.spec.load import HUGGING_FACE, dump, load_spec
 from sparsekit.spec.model import ModelSpec
 from sparsekit.spec.run import RunSpec
 
@@ -65,9 +65,11 @@ def import_folder(name: str, out: str | Path, *, check: bool = True) -> Imported
     demand_free(out)
     folder = locate(name)
     try:
-        return _imported(folder, f"{SCHEME}{name.removeprefix(SCHEME)}", out, check)
+        return _imported(folder, f"{HUGGING_FACE}{name.removeprefix(HUGGING_FACE)}", out, check)
     except CheckpointError as error:
-        raise CheckpointError(f"{SCHEME}{name.removeprefix(SCHEME)}: {_without(str(error), folder)}") from None
+        raise CheckpointError(
+            f"{HUGGING_FACE}{name.removeprefix(HUGGING_FACE)}: {_without(str(error), folder)}"
+        ) from None
 
 
 def read_spec(name: str) -> RunSpec:
@@ -82,8 +84,10 @@ def read_spec(name: str) -> RunSpec:
         family = family_of(raw)
         model, _ = spec_of(config_of(raw, family), family, strict=_is_strict(family))
     except CheckpointError as error:
-        raise CheckpointError(f"{SCHEME}{name.removeprefix(SCHEME)}: {_without(str(error), folder)}") from None
-    tokenizer = {"type": "bpe", "path": f"{SCHEME}{folder / TOKENIZER}"}  # read when it is imported
+        raise CheckpointError(
+            f"{HUGGING_FACE}{name.removeprefix(HUGGING_FACE)}: {_without(str(error), folder)}"
+        ) from None
+    tokenizer = {"type": "bpe", "path": f"{HUGGING_FACE}{folder / TOKENIZER}"}  # read when it is imported
     return load_spec({"name": folder.name, "model": model, "data": {"tokenizer": tokenizer}})
 
 

@@ -30,10 +30,10 @@ from sparsekit.errors import CheckpointError, DataError, SparsekitError, Unknown
 from sparsekit.files import writable, write_json
 from sparsekit.model.decoder import Decoder
 from sparsekit.model.likelihood import AUTO_TOKENS, loglikelihoods
-from sparsekit.model.targets import CHECKPOINTS, Run, Target, load_model, resolve
+from sparsekit.model.targets import CHECKPOINTS, Run, Target, dtype_of, load_model, resolve
 from sparsekit.model.text import Tokenizer, generate_text
+from sparsekit.spec.load import HUGGING_FACE
 
-HUGGING_FACE = "hf:"
 BOOTSTRAP = 1000  # lm-eval's 100000 take longer than the model for the few metrics that need any
 
 
@@ -70,7 +70,7 @@ class SparsekitLM(TemplateLM):
         else:
             resolved = target if isinstance(target, Target) else resolve(target, weights=True)
             self._own = tokenizer or _tokenizer(resolved)
-            self.model = load_model(resolved, device=device or "cpu", dtype=_dtype(dtype))
+            self.model = load_model(resolved, device=device or "cpu", dtype=dtype_of(dtype))
         self.batch_size = _batch_size(batch_size)
         self.add_bos, self.seed = add_bos, seed
         self._device = next(self.model.parameters()).device
@@ -328,7 +328,7 @@ def _hugging_face(path: str, batch_size: int | str, device: str, dtype: str | to
     except ImportError as error:
         raise SparsekitError(f"{HUGGING_FACE}{path}: {error}; pip install 'sparsekit[eval]'") from None
     try:
-        return HFLM(pretrained=path, batch_size=batch_size, device=device, dtype=_dtype(dtype), add_bos_token=add_bos)
+        return HFLM(pretrained=path, batch_size=batch_size, device=device, dtype=dtype_of(dtype), add_bos_token=add_bos)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{HUGGING_FACE}{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
@@ -380,15 +380,6 @@ def _batch_size(given: int | str) -> int | None:
     if str(given).isdecimal() and int(given) > 0:
         return int(given)
     raise SparsekitError(f"--batch-size {given}: give auto, or how many sequences run at a time")
-
-
-def _dtype(given: str | torch.dtype) -> torch.dtype:
-    found = given if isinstance(given, torch.dtype) else getattr(torch, given, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SparsekitError(
-            f"--dtype {given}: no such floating-point type; give float32, bfloat16, float16 or float64"
-        )
-    return found
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import ROLES, Component, Linear
+from sparsekit.components.contracts import ROLES, Component, Linear, wide
 from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.model.decoder import Decoder
 from sparsekit.spec.load import read_raw, validate_model
@@ -42,7 +42,7 @@ def build_model(
     with torch.device("meta"):
         model = Decoder(model_spec)
     _demand_known_roles(model, model_spec)
-    model.to(torch.promote_types(dtype, torch.float32))
+    model.to(wide(dtype))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if torch.device(device).type != "meta":
@@ -126,7 +126,7 @@ def _whole(module: nn.Module) -> Iterator[None]:
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+            dtype = wide(tensor.dtype) if tensor.is_floating_point() else tensor.dtype
             if _is_sharded(tensor) or dtype != tensor.dtype:
                 places.append((tensors, name, tensor))
                 whole = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)

@@ -71,4 +71,7 @@ _known: WeakKeyDictionary[Decoder, dict[str, CompiledSteps]] = WeakKeyDictionary
 
 def steps_of(model: Decoder, backend: str = "inductor") -> CompiledSteps:
     """A model's own, made when they are first asked for."""
-    return _known.setdefault(model, {}).setdefault(backend, CompiledSteps(backend))
+    own = _known.setdefault(model, {})
+    if backend not in own:
+        own[backend] = CompiledSteps(backend)
+    return own[backend]

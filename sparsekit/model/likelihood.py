@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsekit.components.contracts import ForwardContext
+from sparsekit.components.contracts import ForwardContext, wide
 from sparsekit.model.decoder import Decoder, Unembedding
 from sparsekit.model.generate import pads
 from sparsekit.model.packed import packed
@@ -100,7 +100,7 @@ def _forward(
         return unembedding.logits(x_BTD[row_M, place_M])  # of those places only: a whole batch's are large
 
     logits_MV = model(ids_BT, ForwardContext(), head)
-    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    logits_MV = logits_MV.to(wide(logits_MV.dtype))
     ln_p_M = logits_MV.log_softmax(-1).gather(-1, token_M[:, None])[:, 0]
     told = iter(zip(ln_p_M.tolist(), (logits_MV.argmax(-1) == token_M).tolist(), strict=True))
     results = []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,7 +60,7 @@ class Sampling:
 
     def pick(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """A token for each row, [batch]; a row draws from a generator of its own, whatever rows stand beside it."""
-        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        logits_BV = logits_BV.to(wide(logits_BV.dtype))
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         rows = zip(self.probabilities(logits_BV), generators, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsekit.errors import CheckpointError, SpecError
+from sparsekit.errors import CheckpointError, SparsekitError, SpecError
 from sparsekit.files import verify
 from sparsekit.model.build import build_model
 from sparsekit.model.decoder import Decoder
@@ -148,6 +148,19 @@ def _newest_whole(run: Run) -> Path:
     assert found is not None, "it has some, and none is whole is an error"
     for line in damaged:
         print(f"{line}; passed over for {found}", file=sys.stderr)
+    return found
+
+
+def dtype_of(given: str | torch.dtype) -> torch.dtype:
+    """A floating-point type, also by name as ``--dtype`` gives it.
+
+    Raises:
+        SparsekitError: there is none of that name.
+    """
+    found = given if isinstance(given, torch.dtype) else getattr(torch, given, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        told = f"--dtype {given}: no such floating-point type"
+        raise SparsekitError(f"{told}; give float32, bfloat16, float16 or float64")
     return found
 
 

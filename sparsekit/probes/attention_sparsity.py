@@ -10,6 +10,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import DataError
 from sparsekit.probes.anatomy import Score
 from sparsekit.probes.base import Array, DenseProbe, Observer, ProbeResult, Tokens, bootstrap
@@ -136,7 +137,7 @@ def _mean_of_ratios(pairs_SL2: Array) -> float:
 
 def probabilities(q_BHTK: Tensor, k_BGSK: Tensor, how: Score, first: int, last: int) -> tuple[Tensor, Tensor]:
     """(weights [B, H, t, S], True where a query sees a key) of queries first … last - 1, in float32 or wider."""
-    dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
+    dtype = wide(q_BHTK.dtype)
     n_keys, groups = k_BGSK.shape[2], k_BGSK.shape[1]
     q_BGHTK = q_BHTK[:, :, first:last].to(dtype).unflatten(1, (groups, -1))
     scores = (q_BGHTK @ k_BGSK.to(dtype)[:, :, None].transpose(-2, -1)).flatten(1, 2) * how.scale

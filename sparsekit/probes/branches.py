@@ -101,11 +101,6 @@ def losses(batch: Pass, states_RBTD: Tensor, at_a_time: int) -> Tensor:
     return torch.cat(pieces)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or wider where a model is."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 @contextmanager
 def compiled(view: LayeredModel, wanted: bool) -> Iterator[None]:
     """The view's layers compiled if wanted; afterwards they are what they were."""

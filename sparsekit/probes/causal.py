@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.base import Array, Probe, ProbeResult, Tokens
-from sparsekit.probes.branches import BranchParams, Counted, Plan, compiled, empty_states, groups, interval, wide
+from sparsekit.probes.branches import BranchParams, Counted, Plan, compiled, empty_states, groups, interval
 from sparsekit.probes.layered import MOST_LOGITS, MOST_LOGITS_ELSEWHERE, LayeredModel, Pass, ViewError
 
 

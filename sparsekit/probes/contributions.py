@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.base import DenseProbe, Observer, ProbeResult, Tokens, bootstrap
 from sparsekit.probes.layered import LayeredModel, Pass
 
@@ -41,8 +42,8 @@ class ContributionsObserver(Observer):
     def layer(self, batch: Pass, layer: int, h_BTD: Tensor, out_BTD: Tensor, seen: Mapping[str, Any]) -> None:
         if not set(self.sites) <= set(seen):
             return
-        wide = torch.promote_types(h_BTD.dtype, torch.float32)
-        h, attn, ffn = (x.to(wide) for x in (h_BTD, seen["attn_out"], seen["ffn_out"]))
+        full = wide(h_BTD.dtype)
+        h, attn, ffn = (x.to(full) for x in (h_BTD, seen["attn_out"], seen["ffn_out"]))
         told = []
         for added, stream in ((attn, h), (ffn, h + attn)):
             size, whole = added.norm(dim=-1), stream.norm(dim=-1)

@@ -26,6 +26,7 @@ from sparsekit.components.residuals import (
     SequentialResidual,
 )
 from sparsekit.model.decoder import Block, Decoder
+from sparsekit.model.meanwhile import run_eagerly
 from sparsekit.probes.anatomy import Anatomy, ExpertParts, ExpertRows, NormParts, RopeParts, Score, Weight
 from sparsekit.probes.layered import Edit, LayeredModel, Pass, ViewError, trial_ids, watch_input
 from sparsekit.probes.ledger import Ledger
@@ -72,10 +73,7 @@ class DecoderView(LayeredModel):
         block = cast(Block, self.blocks[layer])
         if self.coupled[layer] and h.shape[0] != batch.ids_BT.shape[0]:
             raise ViewError("sequences depend on each other here; observe one branch at a time")
-        for module in block.modules():  # compiled layers run eagerly meanwhile: hooks that come later are not seen
-            if module._compiled_call_impl is not None:
-                undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-                module._compiled_call_impl = None
+        run_eagerly(undo, block)
         if {"attn_out", "ffn_out"} & set(sites):
             h = h.view(h.shape)  # an object of its own, which the ledger can follow
             ledger = Ledger(h, {"attn_out": block.attention, "ffn_out": block.ffn}, edit, seen)

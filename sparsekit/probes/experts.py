@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.components.contracts import Routing
+from sparsekit.components.contracts import Routing, wide
 from sparsekit.probes.base import Array, DenseProbe, Observer, Probe, ProbeResult, Tokens
 from sparsekit.probes.branches import (
     BranchParams,
@@ -25,7 +25,6 @@ from sparsekit.probes.branches import (
     interval,
     losses,
     through,
-    wide,
 )
 from sparsekit.probes.layered import LayeredModel, Pass, ViewError
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.model.meanwhile import evaluating, stand_in
 from sparsekit.probes.anatomy import Anatomy, RopeParts
 from sparsekit.probes.expert_bank import ExpertBank, bank_of
 from sparsekit.probes.layered import TRIAL, Edit, LayeredModel, Pass, ViewError, trial_ids, watch_input
@@ -41,11 +42,12 @@ class HuggingFaceView(LayeredModel):
             layers, logits, tuples = self._find_layers(model, trial_ids(n_ids))
             self.list_name, self._tuples = layers, tuples
             blocks = list(model.get_submodule(layers).children())
-            width = next(p for p in blocks[0].parameters() if p.ndim == 1 or p.ndim == 2).device
             super().__init__(model, blocks, 0, logits.shape[-1])
-            self.device = width
+            self.device = next(p for p in blocks[0].parameters() if p.ndim == 1 or p.ndim == 2).device
             self.d_model = self._catch(trial_ids(n_ids))[0].shape[-1]
             self._batched: dict[int, list[Any]] = {}
+            self._sublayers: dict[int, Sublayers] = {}
+            self._banks: dict[int, ExpertBank | str] = {}
             self._verify(trial_ids(n_ids), logits)
 
     def _find_layers(self, model: nn.Module, ids_BT: Tensor) -> tuple[str, Tensor, list[int | None]]:
@@ -83,8 +85,7 @@ class HuggingFaceView(LayeredModel):
         """Functions in place of the layers' forwards."""
         with ExitStack() as undo:
             for block, stub in zip(self.blocks, stubs, strict=True):
-                undo.callback(_put_back, block, block.__dict__.get("forward"))
-                block.forward = stub
+                stand_in(undo, block, stub)
             yield
 
     def _as_returned(self, layer: int, h: Tensor) -> Any:
@@ -169,9 +170,6 @@ class HuggingFaceView(LayeredModel):
 
     def sublayers(self, layer: int) -> Sublayers:
         """Which modules are attention and feed-forward."""
-        if not hasattr(self, "_sublayers"):
-            self._sublayers: dict[int, Sublayers] = {}
-            self._banks: dict[int, ExpertBank | str] = {}
         if layer not in self._sublayers:
             with torch.no_grad():
                 batch = self.start(trial_ids(self.vocab_size))
@@ -269,18 +267,6 @@ class HuggingFacePass(Pass):
         return None if self.view.anatomy(layer).rope is None else angles(self.calls[layer][1])
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode meanwhile."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def logits_of(output: Any) -> Tensor | None:
     """Of what a causal language model returns, or None where it returns none."""
     if isinstance(output, Tensor):
@@ -308,13 +294,6 @@ def _is_stack(calls: Sequence[list[tuple[int, Tensor | None, Any]]]) -> bool:
             return False
         before, last = out, order
     return True
-
-
-def _put_back(block: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del block.forward
-    else:
-        block.forward = forward
 
 
 def _batched(small: Any, large: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import SpecError
 from sparsekit.probes.base import Array, Probe, ProbeResult, Tokens, bootstrap
 from sparsekit.probes.jacobian_estimates import estimate
@@ -159,7 +160,7 @@ class Run:
     def __init__(self, probe: Jacobian, view: LayeredModel, tokens: Tokens):
         self.params, self.view, self.tokens = probe.params, view, tokens
         self.room = int(probe.params.memory_gb * 1e9)
-        self.wide = torch.promote_types(view.dtype, torch.float32)
+        self.wide = wide(view.dtype)
         self.remarks: list[str] = []
         self.methods = [self._method(layer) for layer in range(view.n_layers)]
         self.proved: set[int] = set()

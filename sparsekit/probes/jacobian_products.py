@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.layered import Pass
 
 TOKENS = {"cuda": 32768}  # of all copies together: enough to fill the device; a CPU gains nothing by more
@@ -68,7 +69,7 @@ class Copies:
         found = []
         for v_CD in cotangents_CD.split(self.copies):
             gradient = self.pull(v_CD[:, None, None].expand(-1, *self.shape[:2], -1))
-            found.append(gradient.sum((1, 2), dtype=torch.promote_types(gradient.dtype, torch.float32)))
+            found.append(gradient.sum((1, 2), dtype=wide(gradient.dtype)))
         return torch.cat(found)
 
     def pull_own(self, position_B: Tensor, cotangents_CBD: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def push_sums(batch: Pass, layer: int, h_BTD: Tensor, directions_CD: Tensor) -> 
             except (RuntimeError, NotImplementedError):
                 push = _push_backward
                 tangent = push(batch, layer, h_BTD, direction)
-            found.append(tangent.sum((0, 1), dtype=torch.promote_types(tangent.dtype, torch.float32)))
+            found.append(tangent.sum((0, 1), dtype=wide(tangent.dtype)))
     return torch.stack(found)
 
 

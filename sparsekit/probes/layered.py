@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import SparsekitError
 from sparsekit.probes.anatomy import Anatomy, RopeParts
 
@@ -166,14 +167,14 @@ class Pass:
             raise ValueError("a sequence of one token has nothing to predict")
         targets_NT = self.ids_BT[:, 1:].repeat(n // self.ids_BT.shape[0], 1)
         most = max(1, MOST_LOGITS.get(h_NTD.device.type, MOST_LOGITS_ELSEWHERE) // self.view.vocab_size)
-        wide = torch.promote_types(self.view.dtype, torch.float32)
-        losses_N = torch.empty(n, dtype=wide, device=h_NTD.device)
+        full = wide(self.view.dtype)
+        losses_N = torch.empty(n, dtype=full, device=h_NTD.device)
         rows = max(1, most // length)
         for first in range(0, n, rows):
             h, targets = h_NTD[first : first + rows, :-1], targets_NT[first : first + rows]
             pieces = zip(h.split(most, dim=1), targets.split(most, dim=1), strict=True)
             parts = [
-                F.cross_entropy(self.head(h).to(wide).flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+                F.cross_entropy(self.head(h).to(full).flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
                 for h, ids in pieces
             ]
             losses_N[first : first + rows] = torch.cat(parts, dim=1).mean(1)

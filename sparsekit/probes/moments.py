@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.base import DenseProbe, ProbeResult, Tokens, bootstrap
 from sparsekit.probes.layered import LayeredModel
 from sparsekit.probes.site_means import SITES, SUMS, moments_of, token_means
@@ -57,7 +58,7 @@ class MomentsObserver(SiteObserver):
         if place not in self._sketches:
             self._sketches[place] = Sketch(self.params.error, x_BTD.device)
         self._sketches[place].add(x_BTD)
-        square_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)).square()
+        square_BTD = x_BTD.to(wide(x_BTD.dtype)).square()
         top_BT = square_BTD.topk(min(self.params.top, x_BTD.shape[-1]), dim=-1).values.sum(-1)
         total_BT = square_BTD.sum(-1)
         self._tops.setdefault(place, []).append(torch.where(total_BT > 0, top_BT / total_BT, 0).double().mean(-1))

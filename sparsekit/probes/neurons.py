@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import DataError
 from sparsekit.probes.anatomy import Anatomy, ExpertRows, Weight
 from sparsekit.probes.base import Array, Tokens
@@ -42,11 +43,6 @@ class Down(NamedTuple):
 
 
 Downs = dict[int, dict[str, Down]]  # by layer, by the site that stands before it
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the model is."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def as_rows(seen: Seen) -> ExpertRows:

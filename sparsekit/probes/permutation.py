@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.base import Array, Probe, ProbeResult, Tokens
 from sparsekit.probes.branches import (
     BranchParams,
@@ -24,7 +25,6 @@ from sparsekit.probes.branches import (
     interval,
     losses,
     through,
-    wide,
 )
 from sparsekit.probes.layered import LayeredModel, Pass, ViewError
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsekit.errors import DataError, PluginError
+from sparsekit.model.meanwhile import evaluating
 from sparsekit.probes import results
 from sparsekit.probes.base import DenseProbe, Probe, ProbeResult, Tokens, dense_pass
 from sparsekit.probes.layered import LayeredModel, ViewError, layered
@@ -120,14 +121,11 @@ def _can_be_had(name: str) -> bool:
 
 def _made(given: Any) -> tuple[str, Probe]:
     if isinstance(given, Probe):
-        return next((e.name for e in registry("probe").entries() if _is(e.target, given)), type(given).__name__), given
+        entry = registry("probe").entry_of(type(given))
+        return type(given).__name__ if entry is None else entry.name, given
     choice = chosen("probe", given)
     made: Probe = choice.cls(choice.params)
     return choice.type, made
-
-
-def _is(target: str, given: Probe) -> bool:
-    return target == f"{type(given).__module__}:{type(given).__qualname__}"
 
 
 def run_probes(
@@ -223,7 +221,7 @@ def _with_meta(
 
 def _versions(probe: Probe) -> dict[str, str]:
     told = {"python": platform.python_version()}
-    entry = next((each for each in registry("probe").entries() if _is(each.target, probe)), None)
+    entry = registry("probe").entry_of(type(probe))
     if entry is not None and not entry.built_in and entry.version:
         told[entry.owner] = entry.version
     for package in ("sparsekit", "torch", "numpy", "transformers"):
@@ -254,19 +252,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Layers run eagerly meanwhile: what was compiled for training is neither used nor compiled anew.
     """
-    modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python, numpy = random.getstate(), np.random.get_state()
-    model.eval()
     for p, _, _ in gradients:
         p.grad = None
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for p, gradient, takes in gradients:
             p.grad = gradient
             p.requires_grad_(takes)

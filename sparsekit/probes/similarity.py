@@ -10,6 +10,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.base import DenseProbe, Observer, ProbeResult, Tokens, bootstrap
 from sparsekit.probes.layered import LayeredModel, Pass
 
@@ -66,12 +67,12 @@ class SimilarityObserver(Observer):
     def end(self, batch: Pass, h_BTD: Tensor) -> None:
         shape = h_BTD.shape
         n = shape[0] * shape[1]
-        wide = torch.promote_types(h_BTD.dtype, torch.float32)
+        full = wide(h_BTD.dtype)
         influence = []
         for begin in range(0, n, AT_ONCE):
-            x_LND = torch.stack([h.flatten(0, 1)[begin : begin + AT_ONCE] for h in self._states]).to(wide)
+            x_LND = torch.stack([h.flatten(0, 1)[begin : begin + AT_ONCE] for h in self._states]).to(full)
             self._sum_LD += x_LND.sum(1, dtype=torch.float64)
-            unit_LND = x_LND / x_LND.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+            unit_LND = x_LND / x_LND.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(full).tiny)
             cosine_NLL = torch.einsum("lnd,mnd->nlm", unit_LND, unit_LND).double().clamp(-1, 1)
             self._angle_LL += (cosine_NLL.acos() / math.pi).sum(0)
             influence.append(1 - cosine_NLL.diagonal(1, dim1=1, dim2=2))
@@ -109,15 +110,15 @@ class SimilarityObserver(Observer):
     def _lens(self, sample_LND: Tensor) -> tuple[Any, Any]:
         """KL(p_l || p_L) and the overlap of the likeliest tokens, of h_0 … h_{L-1}."""
         assert self._heads is not None
-        wide = torch.promote_types(sample_LND.dtype, torch.float32)
+        full = wide(sample_LND.dtype)
         n = sample_LND.shape[1]
         at_once = max(1, (1 << 24) // self.view.vocab_size)
         sums = torch.zeros(2, self.view.n_layers, dtype=torch.float64, device=sample_LND.device)
         for x_LND in sample_LND.split(at_once, dim=1):
-            last_NV = self._heads.head(x_LND[-1][None])[0].to(wide).log_softmax(-1)
+            last_NV = self._heads.head(x_LND[-1][None])[0].to(full).log_softmax(-1)
             best_NK = last_NV.topk(min(TOP, last_NV.shape[-1]), dim=-1).indices
             for layer in range(self.view.n_layers):
-                log_p_NV = self._heads.head(x_LND[layer][None])[0].to(wide).log_softmax(-1)
+                log_p_NV = self._heads.head(x_LND[layer][None])[0].to(full).log_softmax(-1)
                 kl_N = (log_p_NV.exp() * (log_p_NV - last_NV)).sum(-1)
                 own_NK = log_p_NV.topk(best_NK.shape[1], dim=-1).indices
                 shared_N = (own_NK[:, :, None] == best_NK[:, None, :]).any(1).double().mean(-1)

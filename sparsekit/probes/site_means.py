@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
+
 SITES = ("resid", "attn_out", "ffn_out")
 # means over tokens: of the variance over channels, of powers of all entries, of the skewness and kurtosis over channels
 SUMS = ("variance", "x2", "x1", "x3", "x4", "skewness", "skewness^2", "kurtosis", "kurtosis^2")
@@ -22,7 +24,7 @@ def token_means(x_ND: Tensor, moments: bool, dtype: torch.dtype) -> Tensor:
     Variance is unbiased, over the D channels of a token; skewness m3 / m2^1.5 and kurtosis m4 / m2^2, likewise of one
     token; x1 to x4 are means of powers. They are sums of centred sums, so that they lose nothing to a mean far from 0.
     """
-    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    x_ND = x_ND.to(wide(x_ND.dtype))
     width = x_ND.shape[1]
     mean_N1 = x_ND.mean(-1, keepdim=True)
     z_ND = x_ND - mean_N1

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
+
 LOWEST = 1e-12  # magnitudes below count as 0
 HIGHEST = 1e12
 
@@ -32,7 +34,7 @@ class Sketch:
     def add(self, x: Tensor) -> None:
         """Counts all entries."""
         x = x.flatten()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(wide(x.dtype))
         size = x.abs()
         bins = (size.clamp(min=LOWEST, max=HIGHEST).log() / self._log_gamma).ceil().long() - self._first
         bins = torch.where(size < LOWEST, 0, (bins.clamp(0, self.n - 1) + 1) * x.sign().long())

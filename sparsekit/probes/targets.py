@@ -21,10 +21,9 @@ from sparsekit.errors import CheckpointError, DataError, SparsekitError, SpecErr
 from sparsekit.model.targets import CHECKPOINTS, Run, Target, load_model, resolve
 from sparsekit.probes.base import Tokens
 from sparsekit.spec.inline import explained
-from sparsekit.spec.load import read_json, validate
+from sparsekit.spec.load import HUGGING_FACE, read_json, validate
 from sparsekit.spec.run import DataSpec, RunSpec
 
-HUGGING_FACE = "hf:"
 STEP = "step-"
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.jacobian_products import Copies
 from sparsekit.probes.structured_layer import Heads, Projection, StructuredLayer, turn, unit
 
@@ -55,7 +56,7 @@ class TokenSample:
 def change_by_products(graph: Copies, position_B: Tensor, v_CBD: Tensor) -> Tensor:
     """v (dh'_t / dh_t - I), [C, B, D], by vector-Jacobian products."""
     gradient = graph.pull_own(position_B, v_CBD)
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) - v_CBD
+    return gradient.to(wide(gradient.dtype)) - v_CBD
 
 
 def change_structured(layer: StructuredLayer, x_BTD: Tensor, position_B: Tensor, v_CBD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import DataError
 from sparsekit.probes.base import Array, Probe, ProbeResult, Tokens
 from sparsekit.probes.branches import (
@@ -26,7 +27,6 @@ from sparsekit.probes.branches import (
     interval,
     losses,
     through,
-    wide,
 )
 from sparsekit.probes.layered import MOST_LOGITS_ELSEWHERE, LayeredModel, Pass, ViewError
 

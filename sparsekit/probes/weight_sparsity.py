@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.errors import DataError
 from sparsekit.probes.base import Array, Probe, ProbeResult, Tokens
 from sparsekit.probes.layered import LayeredModel
@@ -88,7 +89,7 @@ def matrices(view: LayeredModel, layer: int) -> Iterator[tuple[str, Tensor]]:
 
 def measure(weight_OI: Tensor, ranks: bool = True) -> dict[str, float]:
     """MEASURES of one matrix; singular values in float32, or float64 where the weight is, sums in float64."""
-    weight_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+    weight_OI = weight_OI.to(wide(weight_OI.dtype))
     n = weight_OI.numel()
     x = weight_OI.abs().flatten().sort().values
     x64 = x.double()

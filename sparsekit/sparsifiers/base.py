@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sparsekit import spec
 from sparsekit.errors import DataError
+from sparsekit.model.meanwhile import run_eagerly
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.base import Array, Tokens
 from sparsekit.probes.layered import LayeredModel, Pass
 from sparsekit.probes.runner import undisturbed
 from sparsekit.registry import registry
 from sparsekit.sparsifiers.calibration import Calibration, mean_of
-from sparsekit.sparsifiers.installed import Installed, Site, SiteOf, Target, run_eagerly
+from sparsekit.sparsifiers.installed import Installed, Site, SiteOf, Target
 from sparsekit.sparsifiers.rules import Limit, Sample
 from sparsekit.sparsifiers.sites import FeedForward
 from sparsekit.spec.load import package_of
@@ -48,8 +49,8 @@ class Sparsifier:
     @property
     def name(self) -> str:
         """What it is registered as."""
-        own = f"{type(self).__module__}:{type(self).__qualname__}"
-        return next((e.name for e in registry("sparsifier").entries() if e.target == own), type(self).__name__)
+        entry = registry("sparsifier").entry_of(type(self))
+        return type(self).__name__ if entry is None else entry.name
 
     def candidates(self, view: LayeredModel) -> Candidates:
         """The inputs that can be masked.

@@ -7,10 +7,11 @@ from typing import Any
 
 from sparsekit.model.targets import Target, resolve
 from sparsekit.probes.layered import LayeredModel, layered
-from sparsekit.probes.targets import HUGGING_FACE, Subject, tokens_of
+from sparsekit.probes.targets import Subject, tokens_of
 from sparsekit.sparsifiers.base import Sparsifier
 from sparsekit.sparsifiers.calibration import JSON, Calibration
 from sparsekit.spec.inline import chosen
+from sparsekit.spec.load import HUGGING_FACE
 
 SEQUENCES = 32  # of up to 512 tokens that are calibrated on, where nothing is said
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsekit.components.contracts import wide
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.base import Tokens
 from sparsekit.probes.layered import LayeredModel
@@ -172,11 +173,11 @@ class Wina(InputSparsifier):
 
 def column_norms(weight_OI: Tensor) -> Tensor:
     """||W[:, i]||, in float32 or wider."""
-    return torch.linalg.vector_norm(weight_OI, dim=0, dtype=torch.promote_types(weight_OI.dtype, torch.float32))
+    return torch.linalg.vector_norm(weight_OI, dim=0, dtype=wide(weight_OI.dtype))
 
 
 def orthogonal_basis(weight_OI: Tensor) -> Tensor:
     """V, orthogonal [I, I], such that W V has orthogonal columns: the right singular vectors; in float32 or wider."""
-    wide = weight_OI.double()
-    basis = torch.linalg.eigh(wide.T @ wide).eigenvectors
-    return basis.to(torch.promote_types(weight_OI.dtype, torch.float32))
+    weight = weight_OI.double()
+    basis = torch.linalg.eigh(weight.T @ weight).eigenvectors
+    return basis.to(wide(weight_OI.dtype))

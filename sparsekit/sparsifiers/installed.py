@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsekit.components.contracts import ForwardContext
 from sparsekit.errors import DataError
 from sparsekit.model.decoder import Decoder
+from sparsekit.model.meanwhile import run_eagerly, stand_in
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.layered import LayeredModel
 from sparsekit.sparsifiers.rules import Limit, Rule
@@ -151,14 +152,6 @@ class Installed:
         self.remove()
 
 
-def run_eagerly(undo: ExitStack, model: nn.Module) -> None:
-    """Compiled modules do without compilation meanwhile, as it does not see hooks that come later."""
-    for module in model.modules():
-        if module._compiled_call_impl is not None:
-            undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-            module._compiled_call_impl = None
-
-
 # --- forwards that skip
 
 
@@ -170,8 +163,7 @@ class SparseForward:
         self.dense: Any = module.forward
 
     def put_in(self, undo: ExitStack) -> None:
-        undo.callback(_put_back, self.module, self.module.__dict__.get("forward"))
-        self.module.forward = self
+        stand_in(undo, self.module, self)
 
     def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Any:
         others = x.dtype != self.site.weight.weight.dtype  # under autocast
@@ -239,13 +231,6 @@ def _sparse(site: Site) -> SparseForward | None:
     if parts is None or parts.module is None or parts.up is None:
         return None
     return SparseFeedForward(parts.module, site, parts, parts.up)
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
 
 
 def _verify(forward: SparseForward, view: LayeredModel, layer: int) -> None:

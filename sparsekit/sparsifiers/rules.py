@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekit.probes.neurons import wide
+from sparsekit.components.contracts import wide
 
 SAMPLE = 1 << 22  # scores that a quantile is taken of
 

@@ -32,6 +32,7 @@ MAY_CHANGE = (
 
 
 BEGINS, SAVED = "init_from", "spec.json"
+HUGGING_FACE = "hf:"  # before the name or the folder of a model that is not in our format
 
 
 def may_change(path: str) -> bool:
@@ -77,7 +78,7 @@ def _begun(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(folder, str) or not isinstance(data, dict) or ("model" in raw and "tokenizer" in data):
         return raw
     path = Path(folder) / SAVED
-    if folder.startswith("hf:"):
+    if folder.startswith(HUGGING_FACE):
         raise SpecError([f"{BEGINS}: {folder}: bring it in first: sparsekit import {folder} FOLDER; then give FOLDER"])
     if not path.exists():
         raise SpecError([f"{BEGINS}: {folder}: is neither a run nor a checkpoint (it holds no {SAVED})"])

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import PydanticCustomError, core_schema
 
 from sparsekit.errors import PluginError, UnknownNameError
-from sparsekit.registry import registry
+from sparsekit.registry import registry, target_of
 
 
 class Choice:
@@ -124,7 +124,7 @@ class Slot:
             raise PydanticCustomError(
                 "slot_class",
                 "{kind} {name} ({cls}) has no Params that derive from sparsekit.Params",
-                {"kind": self.kind, "name": repr(name), "cls": f"{cls.__module__}:{cls.__qualname__}"},
+                {"kind": self.kind, "name": repr(name), "cls": target_of(cls)},
             )
         params = params_type.model_validate({key: item for key, item in value.items() if key != "type"})
         return Choice(self.kind, name, params)

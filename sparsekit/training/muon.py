@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
 
+from sparsekit.components.contracts import wide
 from sparsekit.training.gradients import local
 from sparsekit.training.optimizers import Adaptive, Owned, Step
 
@@ -155,7 +156,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices  # the product x x^T is of the shorter side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
-    x = x.to(torch.bfloat16 if x.device.type == "cuda" else torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.bfloat16 if x.device.type == "cuda" else wide(x.dtype))
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

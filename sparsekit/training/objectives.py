@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsekit import spec
-from sparsekit.components.contracts import ForwardContext, compute_dtype
+from sparsekit.components.contracts import ForwardContext, compute_dtype, wide
 from sparsekit.data.packing import IGNORE, Batch
 from sparsekit.model.decoder import Decoder, Unembedding
 
@@ -94,7 +94,7 @@ class NextToken(Objective):
 
 def terms(logits_NV: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy + z_loss z, cross-entropy, z = logsumexp^2), sums over targets, in float32 or wider."""
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    wide_NV = logits_NV.to(wide(logits_NV.dtype))
     if not z_loss:
         cross_entropy = F.cross_entropy(wide_NV, targets_N, ignore_index=IGNORE, reduction="sum")
         return cross_entropy, cross_entropy, torch.zeros_like(cross_entropy)
@@ -145,13 +145,13 @@ class _FusedTerms(torch.autograd.Function):
         scale: float, z_loss: float, chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dtype = compute_dtype(x_ND.device, x_ND.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        parameter = torch.promote_types(weight_VD.dtype, torch.float32)  # in which chunks are summed up
+        full = wide(dtype)
+        parameter = wide(weight_VD.dtype)  # in which chunks are summed up
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx_ND = torch.empty_like(x_ND, dtype=dtype) if needs_x else None
         dw_VD = torch.zeros_like(weight_VD, dtype=parameter) if needs_weight else None
         db_V = torch.zeros_like(bias_V, dtype=parameter) if bias_V is not None and needs_bias else None
-        cross_entropy, z = (torch.zeros((), dtype=wide, device=x_ND.device) for _ in range(2))
+        cross_entropy, z = (torch.zeros((), dtype=full, device=x_ND.device) for _ in range(2))
         with _without_autocast(x_ND.device):
             w_VD, b_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for start in range(0, x_ND.shape[0], chunk_tokens):
@@ -192,7 +192,7 @@ def _backward_of_terms(
     """(gradient of the unscaled logits, written over them; cross-entropy; z)."""
     counts_C1 = targets_C1 != IGNORE
     target_C1 = torch.where(counts_C1, targets_C1, 0)
-    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    wide_CV = logits_CV.to(wide(logits_CV.dtype))
     if scale != 1.0:
         wide_CV = wide_CV * scale
     log_p_CV = wide_CV.log_softmax(-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from sparsekit import spec
-from sparsekit.components.contracts import Embedding, Linear, Norm
+from sparsekit.components.contracts import Embedding, Linear, Norm, wide
 from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.training.gradients import local
 
@@ -318,7 +318,7 @@ class Step(torch.optim.Optimizer):
         """A number, or where a step may be bad a tensor that holds the same or, on the device, ``otherwise``."""
         if self.bad is None:
             return value
-        dtype = torch.promote_types(like.dtype, torch.float32)  # a bfloat16 knows nothing between 1 and .996
+        dtype = wide(like.dtype)  # a bfloat16 knows nothing between 1 and .996
         return torch.full((), value, dtype=dtype, device=like.device).masked_fill_(self.bad.bool(), otherwise)
 
 

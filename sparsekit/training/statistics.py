@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed import get_world_size
 from torch.distributed.tensor import DTensor
 
-from sparsekit.components.contracts import ForwardContext, Linear
+from sparsekit.components.contracts import ForwardContext, Linear, wide
 from sparsekit.model.decoder import Decoder
+from sparsekit.model.meanwhile import run_eagerly
 from sparsekit.probes.site_means import SITES, SUMS, WITHOUT_MOMENTS, moments_of, ratio, site_means, unbiased
 from sparsekit.training.gradients import copies
 
@@ -97,10 +98,7 @@ class LayerStatistics:
         self._weight, self._open = weight, None
         self._seen.clear()
         with ExitStack() as undo:
-            for module in self.model.modules():
-                if module._compiled_call_impl is not None:
-                    undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-                    module._compiled_call_impl = None
+            run_eagerly(undo, self.model)
             for index in range(len(self.layers)):
                 for handle in self._hooks(index):
                     undo.callback(handle.remove)
@@ -263,7 +261,7 @@ def _is_down(module: nn.Module) -> bool:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return torch.linalg.vector_norm(tensor.detach(), dtype=wide(tensor.dtype))
 
 
 def _shard(tensor: Tensor) -> tuple[Tensor, float | None]:
