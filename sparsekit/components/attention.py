@@ -9,7 +9,16 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Attention, Build, ForwardContext, Linear, Position, below, divided
+from sparsekit.components.contracts import (
+    Attention,
+    Build,
+    ForwardContext,
+    Linear,
+    Position,
+    below,
+    divided,
+    projections,
+)
 from sparsekit.components.kernels import Extras, Rule
 from sparsekit.errors import SparsekitError
 from sparsekit.spec.facts import Facts
@@ -188,7 +197,7 @@ class HeadAttention(KernelAttention):
             self.q_norm, self.k_norm = (build.child(params.qk_norm, width=width) for width in widths)
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        q, k, v = (linear(x_BTD, context) for linear in (self.q, self.k, self.v))
+        q, k, v = projections(x_BTD, context, self.q, self.k, self.v)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))

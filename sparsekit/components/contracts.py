@@ -6,7 +6,7 @@ F d_ff, N tokens (B·T), E experts, M assignments of a token to an expert, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -255,6 +255,10 @@ class Linear(Component):
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         raise NotImplementedError
 
+    def beside(self, others: Sequence[Linear], x: Tensor, context: ForwardContext | None) -> list[Tensor]:
+        """This projection of x and those of others; see :func:`projections`."""
+        return [linear(x, context) for linear in (self, *others)]
+
     def active_parameters(self) -> int:
         own = sum(p.numel() for p in self.parameters(recurse=False))
         return own // (self.n_experts or 1)
@@ -401,6 +405,11 @@ class Embedding(Component):
     def unembed(self, x_BTD: Tensor) -> Tensor:
         """Logits [batch, seq, vocab] by the same table, where embeddings are tied."""
         raise NotImplementedError
+
+
+def projections(x: Tensor, context: ForwardContext | None, first: Linear, *others: Linear) -> list[Tensor]:
+    """``[linear(x, context) for linear in …]``, for those that read one input and may be worked out as one product."""
+    return first.beside(others, x, context)
 
 
 def divided(name: str, size: int, n: int) -> None:

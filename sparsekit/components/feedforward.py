@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sparsekit.components.activations import GELU, ReLU, SiLU
-from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext, divided
+from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext, divided, projections
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
@@ -63,7 +63,8 @@ class GatedBase(FeedForward):
         return {"gate": 0, "up": 0, "down": 1}
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        return self.down(self.activation(self.gate(x_BTD, context)) * self.up(x_BTD, context), context)
+        gate, up = projections(x_BTD, context, self.gate, self.up)
+        return self.down(self.activation(gate) * up, context)
 
 
 class Gated(GatedBase):
@@ -116,8 +117,8 @@ class DReLU(GatedBase):
     fixed_activation = ReLU
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        hidden = self.activation(self.gate(x_BTD, context)) * self.activation(self.up(x_BTD, context))
-        return self.down(hidden, context)
+        gate, up = projections(x_BTD, context, self.gate, self.up)
+        return self.down(self.activation(gate) * self.activation(up), context)
 
 
 class TopKFeedForward(FeedForward):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import torch._dynamo.testing
 
-from sparsekit.components.contracts import Linear
+from sparsekit.components.contracts import ForwardContext, Linear
 from sparsekit.errors import SparsekitError
 from sparsekit.model import generate as generation
 from sparsekit.model.build import build_model
 from sparsekit.model.generate import generate_batch
 from sparsekit.model.likelihood import loglikelihoods
+from sparsekit.model.meanwhile import stand_in
 from sparsekit.model.packed import packed
 from sparsekit.model.sampling import Sampling
 
@@ -43,7 +46,7 @@ def test_packed_weights_say_the_same(tiny, moe, rows, tied):
     with torch.no_grad():
         wanted = model(IDS)
         with packed(model, rows):
-            assert set(laid_out(model)) == dense | ({"embedding"} if tied else set())
+            assert set(laid_out(model)) == dense | {"embedding"}
             torch.testing.assert_close(model(IDS), wanted, rtol=1e-4, atol=1e-5)
             with packed(model, rows):  # as when two texts are written in turns
                 torch.testing.assert_close(model(IDS), wanted, rtol=1e-4, atol=1e-5)
@@ -59,6 +62,44 @@ def test_a_weight_that_changes_meanwhile_counts(tiny):
         found = model(IDS)
     with torch.no_grad():
         torch.testing.assert_close(found, model(IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_projections_of_one_input_are_one_product(tiny):
+    model = lively(tiny(attention={**ATTENTIONS["gqa"], "bias": "qkv"}))
+    with torch.no_grad():
+        wanted = model(IDS)
+        with packed(model, 1):
+            torch.testing.assert_close(model(IDS), wanted, rtol=1e-4, atol=1e-5)
+            products = {name: module.forward for name, module in model.named_modules() if "beside" in vars(module)}
+    alone = {name.split(".", 2)[-1] for name, product in products.items() if product.alone is not None}
+    together = {name.split(".", 2)[-1] for name, product in products.items() if product.together}
+    assert alone == {"attention.o", "ffn.down", "head"}
+    assert together == {"attention.q", "ffn.gate"}
+    assert not any({"forward", "beside"} & vars(module).keys() for module in model.modules())
+
+
+@pytest.mark.parametrize("listened", ["q", "v"])
+def test_who_listens_to_a_projection_hears_it(tiny, listened):
+    model, heard = lively(tiny()), []
+    with torch.no_grad():
+        wanted = model(IDS)
+        with packed(model, 1):
+            model(IDS)
+            handle = getattr(model.layers[0].attention, listened).register_forward_hook(lambda *_: heard.append(1))
+            torch.testing.assert_close(model(IDS), wanted, rtol=1e-4, atol=1e-5)
+            handle.remove()
+            model(IDS)
+    assert heard == [1]
+
+
+def test_who_stands_in_for_a_projection_is_asked(tiny):
+    model = lively(tiny())
+    up = model.layers[0].ffn.up
+    with torch.no_grad(), packed(model, 1):
+        with ExitStack() as undo:
+            stand_in(undo, up, lambda x, context=None: torch.zeros(*x.shape[:-1], up.d_out))
+            assert model.layers[0].ffn(torch.ones(1, 1, model.spec.d_model), ForwardContext()).abs().max() == 0
+        assert model.layers[0].ffn(torch.ones(1, 1, model.spec.d_model), ForwardContext()).abs().max() > 0
 
 
 def test_masked_weights_stay_masked(tiny):
