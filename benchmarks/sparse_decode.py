@@ -6,7 +6,8 @@ python benchmarks/sparse_decode.py --break-even | --tune
 kernels: rows_matvec (input-sparse) and columns_matvec (output-sparse) beside F.linear. Tokens of a batch are active
 independently of each other, so that 8 of them at 90% read 57% of the rows.
 ffn: y = W_down (silu(W_gate x) * (W_up x)), where what is inactive is seen from the gate, known beforehand (as from a
-predictor: the most that masking neurons can give), or a share of each product's inputs.
+predictor: the most that masking neurons can give; a neuron's rows of gate and up stand side by side, to be read as
+one), or a share of each product's inputs.
 model: a spec-built model with random weights and inputs of every projection but the head's masked by magnitude, one
 token without a past. "joined" is dense with q, k, v and gate, up each in one product, as the sparse one has them.
 
@@ -185,7 +186,7 @@ def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
     stretches = {"rows": (128, 256, 512), "columns": (8, 16, 32)}
     tiles = {
         "rows": ((8, 256), (16, 128), (16, 256), (32, 128), (32, 64), (16, 512)),
-        "columns": ((2, 1024), (4, 512), (4, 1024), (8, 512), (2, 2048)),
+        "columns": ((2, 1024), (4, 512), (4, 1024), (8, 512), (2, 2048), (4, 2048), (2, 4096), (1, 4096)),
     }
     kernels = {"rows": triton_kernels.rows_matvec, "columns": triton_kernels.columns_matvec}
     rows = []
@@ -233,8 +234,9 @@ def ffn_by_gate(x: Tensor, w: dict[str, Tensor], sparsity: float | None = None) 
 
 
 def ffn_known(x: Tensor, w: dict[str, Tensor], sparsity: float | None = None) -> Tensor:
-    gate = F.silu(columns_matvec(x, w["gate"], w["keep"], sparsity))
-    return rows_matvec(gate * columns_matvec(x, w["up"], w["keep"], sparsity), w["down_IO"], sparsity)
+    keep = w["keep"].repeat_interleave(2, -1)
+    gate, up = columns_matvec(x, w["gate_up_by_neuron"], keep, sparsity).unflatten(-1, (-1, 2)).unbind(-1)
+    return rows_matvec(F.silu(gate) * up, w["down_IO"], sparsity)
 
 
 def ffn_inputs(x: Tensor, w: dict[str, Tensor], sparsity: float | None = None) -> Tensor:
@@ -253,6 +255,7 @@ def compare_ffn(options: argparse.Namespace) -> list[dict[str, Any]]:
             w = {name: (draw(*shape) * shape[1] ** -0.5).to(dtype) for name, shape in scales.items()}
             w["down_IO"] = w["down"].T.contiguous()
             w["gate_up_IO"] = torch.cat([w["gate"], w["up"]]).T.contiguous()
+            w["gate_up_by_neuron"] = torch.stack([w["gate"], w["up"]], 1).flatten(0, 1)
             weights.append(w)
         xs = [draw(batch, d_model).to(dtype) for _ in weights]
         gpu = options.device.type == "cuda"

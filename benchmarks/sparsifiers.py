@@ -38,6 +38,7 @@ NEURONS = {name: f"{name}:sparsity={{}}" for name in ("cett", "top_k", "fat_eps"
 INPUTS = {
     "teal": "teal:sparsity={}",
     "teal, greedy": "teal:sparsity={},allocation=greedy",
+    "teal, global": "teal:sparsity={},allocation=greedy_global",
     "wina": "wina:sparsity={}",
     "wina, turned": "wina:sparsity={},transform=column_orthogonal",
 }

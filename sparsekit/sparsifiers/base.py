@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from sparsekit.probes.layered import LayeredModel, Pass
 from sparsekit.probes.runner import undisturbed
 from sparsekit.registry import registry
 from sparsekit.sparsifiers.calibration import Calibration, mean_of
-from sparsekit.sparsifiers.installed import Installed, Site, SiteOf, Target
+from sparsekit.sparsifiers.installed import Installed, SiteOf, Target, site
+from sparsekit.sparsifiers.mixtures import Experts
 from sparsekit.sparsifiers.rules import Limit, Sample
 from sparsekit.sparsifiers.sites import FeedForward
 from sparsekit.spec.load import package_of
 
-Candidates = Mapping[SiteOf, tuple[Weight, FeedForward | None]]
+Parts = FeedForward | Experts | None
+Candidates = Mapping[SiteOf, tuple[Weight, Parts]]
 ENOUGH = 0.002  # by which a sparsity that is searched for may differ
 
 
@@ -60,9 +62,7 @@ class Sparsifier:
         """
         raise NotImplementedError
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         """What is masked there by a limit."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class Sparsifier:
             with Installed(view, targets) as installed:
                 losses(view, tokens)
                 realised = installed.realised()
-        weights = {where: target.weight.weight.numel() for where, target in targets.items()}
+        weights = {where: target.numel for where, target in targets.items()}
         params = self.params.model_dump(mode="json")
         if self.name in registry("sparsifier").names():
             meta["packages"] = package_of("sparsifier", self.name)
@@ -102,7 +102,7 @@ class Sparsifier:
                 told = f"layer {where[0]} has no {where[1]} that {self.name} could mask"
                 raise DataError(f"{told}: the calibration is of another model; calibrate on this one")
             weight, parts = candidates[where]
-            width = weight.weight.shape[1]
+            width = weight.weight[..., 0, :].numel()
             given = 0 if limit.threshold is None else limit.threshold.numel()
             if given > 1 and given != width:
                 told = f"layer {where[0]}, {where[1]}: {given} thresholds for {width} inputs"
@@ -132,7 +132,7 @@ def realised_with(view: LayeredModel, tokens: Tokens, targets: Mapping[SiteOf, T
     """The share of weights that need not be read, over all tokens."""
     with Installed(view, targets) as installed:
         losses(view, tokens)
-        return mean_of(installed.realised(), {w: target.weight.weight.numel() for w, target in targets.items()})
+        return mean_of(installed.realised(), {w: target.numel for w, target in targets.items()})
 
 
 def level_for(sparsity: float, realised_at: Callable[[float], float]) -> float:
@@ -171,7 +171,7 @@ class InOrder:
         with ExitStack() as undo:
             run_eagerly(undo, self.view.model)
             for target in (self.masked if targets is None else targets).values():
-                Site(target).hooks(undo)
+                site(target).hooks(undo)
             if watch is not None:
                 watch(undo)
             return [batch.layer(self.layer, h) for batch, h in self.batches]
@@ -182,7 +182,7 @@ class InOrder:
 
         def watch(undo: ExitStack) -> None:
             for name, target in targets.items():
-                Site(target, found[name].add).hooks(undo)
+                site(target, found[name].add).hooks(undo)
 
         self.outputs(watch=watch)
         return found
@@ -201,6 +201,15 @@ class InOrder:
 
         self.outputs(watch=lambda undo: _callback(undo, reader.register_forward_pre_hook(before, with_kwargs=True)))
         return torch.stack(sums).sum(0) / n_tokens
+
+    @contextmanager
+    def first_batch(self) -> Iterator[None]:
+        """Makes do with the first batch meanwhile."""
+        batches, self.batches = self.batches, self.batches[:1]
+        try:
+            yield
+        finally:
+            self.batches = batches
 
     def mask(self, name: str, target: Target) -> None:
         """Masks an input of this layer from now on."""

@@ -17,6 +17,7 @@ from sparsekit.files import write_json, written_whole
 from sparsekit.probes.layered import LayeredModel, layered
 from sparsekit.sparsifiers.installed import Installed, SiteOf
 from sparsekit.sparsifiers.rules import Limit
+from sparsekit.sparsifiers.sites import DOWN, EXPERTS, SHARED
 from sparsekit.spec.load import packages_then_and_now
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Calibration:
         sparsifier: its registered name; ``params`` are its own.
         limits: by (layer, projection).
         realised: the share of zeros at each masked input, on the data that it was calibrated on.
-        weights: matrix entries behind each masked input.
+        weights: matrix entries that a token's masked input meets; of experts, of those that it visits.
         meta: what it was calibrated on, and what the search for it came to.
     """
 
@@ -76,7 +77,7 @@ class Calibration:
         """One a layer, 0 where a layer has none; None where limits are other than one number a layer."""
         found = [0.0] * n_layers
         for (layer, name), limit in self.limits.items():
-            if name != "down" or limit.threshold is None or limit.threshold.ndim:
+            if name not in (DOWN, EXPERTS, SHARED) or limit.threshold is None or limit.threshold.ndim:
                 return None
             found[layer] = float(limit.threshold)
         return tuple(found)

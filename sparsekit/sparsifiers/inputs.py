@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,10 +14,10 @@ from sparsekit.components.contracts import wide
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.base import Tokens
 from sparsekit.probes.layered import LayeredModel
-from sparsekit.sparsifiers.base import Candidates, InOrder, Sparsifier
+from sparsekit.sparsifiers.base import Candidates, InOrder, Parts, Sparsifier
 from sparsekit.sparsifiers.installed import SiteOf, Target
 from sparsekit.sparsifiers.rules import Limit, Rule, n_kept
-from sparsekit.sparsifiers.sites import FeedForward, all_linears, stage_of, stages
+from sparsekit.sparsifiers.sites import all_linears, stage_of, stages
 
 LEADERS = ("gate", "k")  # of the projections that read the same, whose columns become orthogonal
 HIGHEST = 0.99  # no input is dropped whole in the search for shares
@@ -37,85 +37,127 @@ class InputSparsifier(Sparsifier):
 class Teal(InputSparsifier):
     """Drops inputs |x_i| up to the projection's threshold, a quantile of them on the calibration data.
 
-    ``allocation`` "uniform" drops the same share everywhere; "greedy" keeps the mean over a layer's weights at
-    ``sparsity`` and raises, ``step`` at a time, the share of that projection where ||y - y_dense||^2 of the layer's
-    output grows least for each weight that need not be read (on the calibration data's first batch).
+    ``allocation`` "uniform" drops the same share everywhere. "greedy" keeps the mean over a layer's weights at
+    ``sparsity`` and raises shares in steps of equal size in weights, ``step`` of the largest projection: each time that
+    share with which ||y - y_dense||^2 of the layer's output grows least (on the calibration data's first batch).
+    "greedy_global" keeps the mean over all layers' weights instead: every layer's steps are found as before, on dense
+    streams, and that layer takes its next one in which the mean over tokens of ||y - y_dense||^2 / ||y_dense||^2 grows
+    least for each weight; the paper gives all layers one sparsity.
 
     Source: Liu et al. 2024, arXiv 2408.14690, sec. 4.2 and algorithm 1
     """
 
     class Params(InputSparsifier.Params):
         sparsity: float = Field(default=0.5, ge=0, lt=1)
-        allocation: Literal["uniform", "greedy"] = "uniform"
+        allocation: Literal["uniform", "greedy", "greedy_global"] = "uniform"
         step: float = Field(default=0.1, gt=0, le=1)
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         return Target(weight, Rule(limit))
 
     def fit(self, view: LayeredModel, tokens: Tokens, meta: dict[str, Any]) -> Mapping[SiteOf, Limit]:
         found: dict[SiteOf, Limit] = {}
         order, by_layer = InOrder(view, tokens, self.seed), all_linears(view)
-        meta["shares"] = {}
+        shares = self._shares(view, tokens, by_layer)
         for layer in range(view.n_layers):
-            pending = {name: Target(weight, Rule(Limit())) for name, weight in by_layer[layer].items()}
-            shares = self._shares(order, pending)
-            meta["shares"][str(layer)] = {name: round(share, 6) for name, share in shares.items()}
+            pending = _pending(by_layer[layer])
+            if layer not in shares:
+                with order.first_batch():
+                    raises = greedy(order, pending, self.params.step)
+                    shares[layer] = spent({layer: raises}, self.params.sparsity * _total(pending))[layer]
             for names in stages(view, layer, by_layer[layer]):
                 samples = order.samples({name: pending[name] for name in names})
                 for name in names:
-                    limit = found[layer, name] = Limit(samples[name].quantile(shares[name]))
+                    limit = found[layer, name] = Limit(samples[name].quantile(shares[layer].get(name, 0.0)))
                     order.mask(name, pending[name].limited(limit))
             order.advance()
+        meta["shares"] = {
+            str(layer): {name: round(shares[layer].get(name, 0.0), 6) for name in by_layer[layer]} for layer in by_layer
+        }
         return found
 
-    def _shares(self, order: InOrder, pending: Mapping[str, Target]) -> dict[str, float]:
-        """What share of each projection's inputs is dropped in the layer that calibration has come to."""
+    def _shares(
+        self, view: LayeredModel, tokens: Tokens, by_layer: Mapping[int, Mapping[str, Weight]]
+    ) -> dict[int, dict[str, float]]:
+        """What share of each projection's inputs is dropped, of layers of which that is known beforehand."""
         p = self.params
-        if p.allocation == "uniform" or not p.sparsity or not pending:
-            return dict.fromkeys(pending, p.sparsity)
-        batches, order.batches = order.batches, order.batches[:1]
-        try:
-            return greedy(order, pending, p.sparsity, p.step)
-        finally:
-            order.batches = batches
+        if p.allocation == "uniform" or not p.sparsity:
+            return {layer: dict.fromkeys(weights, p.sparsity) for layer, weights in by_layer.items()}
+        if p.allocation == "greedy":
+            return {}
+        order, raises = InOrder(view, tokens.select(slice(tokens.batch_size)), self.seed), {}
+        for layer in range(view.n_layers):
+            raises[layer] = list(greedy(order, _pending(by_layer[layer]), p.step))
+            order.advance()
+        return spent(raises, p.sparsity * sum(_total(_pending(weights)) for weights in by_layer.values()))
 
 
-def greedy(order: InOrder, pending: Mapping[str, Target], budget: float, step: float) -> dict[str, float]:
-    """Shares whose mean by the projections' weights is the budget, raised where the layer's output minds least.
+def _pending(weights: Mapping[str, Weight]) -> dict[str, Target]:
+    return {name: Target(weight, Rule(Limit())) for name, weight in weights.items()}
 
-    What it costs to raise a share grows with what is dropped already, so that only the one that would be raised by what
-    it cost before is tried again.
+
+def _total(pending: Mapping[str, Target]) -> int:
+    return sum(target.numel for target in pending.values())
+
+
+class Raise(NamedTuple):
+    """One step of a search for shares: a projection's goes ``before`` to ``share``.
+
+    Attributes:
+        weights: how many fewer are read.
+        cost: by how much the layer's relative error grows for each of them.
     """
+
+    name: str
+    before: float
+    share: float
+    weights: float
+    cost: float
+
+
+def greedy(order: InOrder, pending: Mapping[str, Target], step: float) -> Iterator[Raise]:
+    """Raises shares of a layer's projections where the layer's output minds least, until next to nothing is read."""
     samples = order.samples(pending)
     (dense,) = order.outputs({})
-    total = sum(target.weight.weight.numel() for target in pending.values())
-    part = {name: target.weight.weight.numel() / total for name, target in pending.items()}
+    size = {name: target.numel for name, target in pending.items()}
     shares = dict.fromkeys(pending, 0.0)
 
     @functools.cache
     def limited(name: str, share: float) -> Target:
         return pending[name].limited(Limit(samples[name].quantile(share)))
 
-    def error(shares: Mapping[str, float]) -> float:
+    def errors(shares: Mapping[str, float]) -> tuple[float, float]:
+        """Squared, and relative to each token's output."""
         (out,) = order.outputs({name: limited(name, share) for name, share in shares.items() if share})
-        return float((out - dense).double().square().sum())
+        off = (out - dense).double().square().sum(-1)
+        return float(off.sum()), float((off / dense.double().square().sum(-1).clamp(min=1e-30)).mean())
 
-    now, spent = 0.0, 0.0
-    cost = dict.fromkeys(pending, 0.0)  # of raising each, when it was last tried
-    while cost and budget - spent > 1e-9:
-        tried: dict[str, tuple[float, float]] = {}
-        while (name := min(cost, key=lambda name: cost[name])) not in tried:
-            raised = min(HIGHEST, round(shares[name] + min(step, (budget - spent) / part[name]), 9))
-            then = error({**shares, name: raised})
-            cost[name] = (then - now) / ((raised - shares[name]) * part[name])
-            tried[name] = raised, then
-        raised, now = tried[name]
-        spent += (raised - shares[name]) * part[name]
-        shares[name] = raised
-        if raised == HIGHEST:
-            del cost[name]
+    now = relative = 0.0
+    while left := [name for name, share in shares.items() if share < HIGHEST]:
+        tried = {}
+        for name in left:
+            share = min(HIGHEST, shares[name] + step * max(size.values()) / size[name])
+            tried[name] = share, (share - shares[name]) * size[name], *errors({**shares, name: share})
+        name = min(tried, key=lambda name: (tried[name][2] - now) / tried[name][1])
+        share, weights, now, then = tried[name]
+        yield Raise(name, shares[name], share, weights, (then - relative) / weights)
+        shares[name], relative = share, then
+
+
+def spent(raises: Mapping[int, Iterable[Raise]], budget: float) -> dict[int, dict[str, float]]:
+    """Shares by layer with which so many weights are not read, the last step cut short: layers' steps in their order,
+    each time the cheapest next one."""
+    shares: dict[int, dict[str, float]] = {layer: {} for layer in raises}
+    rest = {layer: iter(steps) for layer, steps in raises.items()}
+    ahead = {layer: step for layer, steps in rest.items() if (step := next(steps, None)) is not None}
+    while ahead and budget > 0:
+        layer = min(ahead, key=lambda layer: (ahead[layer].cost, layer))
+        step = ahead.pop(layer)
+        part = min(1.0, budget / step.weights)
+        shares[layer][step.name] = step.before + part * (step.share - step.before)
+        budget -= step.weights
+        if budget > 0 and (following := next(rest[layer], None)) is not None:
+            ahead[layer] = following
     return shares
 
 
@@ -125,8 +167,13 @@ class Wina(InputSparsifier):
     For a matrix with orthogonal columns no other choice of as many inputs changes W x less. ``transform``
     "column_orthogonal" gives projections that read the same vector the basis V in which the columns of one of them (the
     gate, the key, or the only one) are orthogonal: W V reads mask(V^T x), and without a mask the function is the same.
-    V^T x is one more D x D product for all that read x, as the stream between layers stays in its own basis; what o and
-    down read has no such leader and keeps its basis.
+    What o and down read has no such leader and keeps its basis.
+
+    V^T x is one more D x D product for all that read x. Folding the bases into the stream, with which an RMSNorm
+    commutes once its gain is in the next weights, would not save it: every basis is another, so that each skip
+    connection would have to turn the stream by V_before^T V_after, as many D x D products, and only a basis for the
+    whole depth, in which the columns of one matrix are orthogonal, is free. Here weights and norms stay as they are,
+    whatever the residual scheme.
 
     Source: Chen et al. 2025, arXiv 2505.19427, sec. 3
     """
@@ -135,9 +182,7 @@ class Wina(InputSparsifier):
         sparsity: float = Field(default=0.5, ge=0, lt=1)
         transform: Literal["none", "column_orthogonal"] = "none"
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         basis = self._basis(view, where) if self.params.transform == "column_orthogonal" else None
         matrix = weight.weight if basis is None else weight.weight.to(basis.dtype) @ basis
         return Target(weight, Rule(limit, column_norms(matrix), basis_II=basis))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,25 +16,53 @@ from sparsekit.components.contracts import ForwardContext
 from sparsekit.errors import DataError
 from sparsekit.model.decoder import Decoder
 from sparsekit.model.meanwhile import run_eagerly, stand_in
-from sparsekit.probes.anatomy import Weight
+from sparsekit.probes.anatomy import ExpertRows, Weight
 from sparsekit.probes.layered import LayeredModel
+from sparsekit.probes.neurons import top_k
+from sparsekit.sparsifiers.mixtures import Experts
 from sparsekit.sparsifiers.rules import Limit, Rule
 from sparsekit.sparsifiers.sites import FeedForward
+from sparsekit.sparsifiers.sites import SiteOf as SiteOf
 
 MOST_ROWS = 8  # tokens at a time for which kernels read what is active only
-SiteOf = tuple[int, str]  # layer, projection
 
 
 class Target(NamedTuple):
-    """A projection whose input is masked, and the feed-forward that it ends, where it does."""
+    """A projection whose input is masked, and the feed-forward or the experts that it ends, where it does."""
 
     weight: Weight
     rule: Rule
-    parts: FeedForward | None = None
+    parts: FeedForward | Experts | None = None
+
+    @property
+    def numel(self) -> int:
+        """Matrix entries that a token's input meets; of experts, of those that it visits."""
+        if isinstance(self.parts, Experts):
+            return round(self.parts.visits * self.weight.weight[0].numel())
+        return self.weight.weight.numel()
 
     def limited(self, limit: Limit) -> Target:
         """The same with another limit."""
         return self._replace(rule=replace(self.rule, limit=limit))
+
+
+class Turned:
+    """Inputs in a basis, made once for all projections that read the same one after the other."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = ()
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._had: set[int] = set()  # who has had it; each once, so that a CUDA graph holds a product of its own
+
+    def coordinates(self, rule: Rule, x: Tensor) -> Tensor:
+        """As the rule says, for the one of several sites whose rule it is."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+            return rule.coordinates(x)
+        this = x.data_ptr(), x.shape, x.stride(), x._version
+        if self._kept is None or this != self._of or id(rule) in self._had:
+            self._of, self._kept, self._had = this, (x, rule.coordinates(x)), set()  # x: no other gets its memory
+        self._had.add(id(rule))
+        return self._kept[1]
 
 
 class Site:
@@ -42,6 +71,7 @@ class Site:
     Args:
         observe: told the scores of each input, [..., I]; then nothing is masked.
         expected: the share of zeros that is to be expected, by which kernels choose.
+        turned: shared by all sites in the rule's basis.
     """
 
     def __init__(
@@ -50,10 +80,13 @@ class Site:
         observe: Callable[[Tensor], None] | None = None,
         count: bool = False,
         expected: float | None = None,
+        turned: Turned | None = None,
     ):
-        self.weight, rule, self.parts = target
+        self.weight, rule, parts = target
+        self.parts = parts if isinstance(parts, FeedForward) else None
         self.rule = rule.beside(self.weight.weight)
         self.observe, self.count, self.expected = observe, count, expected
+        self.turned = Turned() if turned is None else turned
         self.zeros: Tensor | None = None
         self.entries = 0
         self._read: Tensor | None = None
@@ -77,11 +110,15 @@ class Site:
             self.observe(self.rule.scores(self._scored(self.rule.coordinates(x))))
             return None
         masked = self.masked(x)
+        self.tally(masked)
+        return self.rule.back(masked).to(x.dtype), *rest
+
+    def tally(self, masked: Tensor) -> None:
+        """Counts what is 0, where that is asked for."""
         if self.count:
             zeros = (masked == 0).sum()
             self.zeros = zeros if self.zeros is None else self.zeros + zeros
             self.entries += masked.numel()
-        return self.rule.back(masked).to(x.dtype), *rest
 
     def _scored(self, told: Tensor) -> Tensor:
         """What is compared with the limit."""
@@ -92,8 +129,46 @@ class Site:
 
     def masked(self, x: Tensor) -> Tensor:
         """An input with 0 in place of what is dropped, in the rule's basis."""
-        told = self.rule.coordinates(x)
+        told = x if self.rule.basis_II is None else self.turned.coordinates(self.rule, x)
         return torch.where(self.rule.keep(self._scored(told)), told, 0)
+
+
+class ExpertSite(Site):
+    """The same before the down projections of routed experts, whose rows are of the experts that tokens visit.
+
+    Where so many of the largest stay, they are chosen among all neurons that the token visits.
+    """
+
+    def __init__(self, target: Target, *rest: Any, **options: Any):
+        super().__init__(target, *rest, **options)
+        assert isinstance(target.parts, Experts)
+        self.experts = target.parts
+
+    def hooks(self, undo: ExitStack) -> None:
+        self.experts.put(undo, self._edited)
+
+    def _edited(self, x_ND: Tensor, rows: ExpertRows) -> Tensor:
+        told = self.experts.gates(x_ND, rows) if self.rule.by_gate else rows.act_MF
+        rule, visited_M = self.rule.of_rows(rows), rows.weight_M != 0
+        if self.observe is not None:
+            self.observe(rule.scores(told)[visited_M])
+            return rows.act_MF
+        if rule.limit.k is None:
+            keep = rule.keep(told)
+        elif len(told):
+            share = rule.limit.k / told.shape[1]
+            keep = top_k(share, 0, {"ffn_act": rows._replace(act_MF=told)})["ffn_act"] | told.isnan()
+        else:
+            return rows.act_MF
+        masked = torch.where(keep, rows.act_MF, 0)
+        self.tally(masked[visited_M])
+        return masked
+
+
+def site(target: Target, *rest: Any, **options: Any) -> Site:
+    """What masks there; arguments are :class:`Site`'s."""
+    kind = ExpertSite if isinstance(target.parts, Experts) else Site
+    return kind(target, *rest, **options)
 
 
 class Installed:
@@ -105,7 +180,7 @@ class Installed:
     Args:
         targets: what to mask.
         kernels: up to 8 tokens at a time, without gradients, read only what is active; weights are kept once more for
-            that, transposed. Otherwise projections are dense and their inputs masked.
+            that, transposed. Otherwise, and in routed experts, projections are dense and their inputs masked.
         count: count zeros, for :meth:`realised`; not where kernels are used.
         expected: the share of zeros at each masked input, where that is known.
 
@@ -122,14 +197,18 @@ class Installed:
         expected: Mapping[SiteOf, float] | None = None,
     ):
         shares, counts = expected or {}, count and not kernels
-        self.sites = {w: Site(target, count=counts, expected=shares.get(w)) for w, target in targets.items()}
+        bases: defaultdict[int, Turned] = defaultdict(Turned)
+        self.sites = {
+            w: site(target, count=counts, expected=shares.get(w), turned=bases[id(target.rule.basis_II)])
+            for w, target in targets.items()
+        }
         self._undo = ExitStack()
         try:
             run_eagerly(self._undo, view.model)
-            for (layer, _), site in self.sites.items():
-                forward = _sparse(site) if kernels else None
+            for (layer, _), each in self.sites.items():
+                forward = _sparse(each) if kernels else None
                 if forward is None:
-                    site.hooks(self._undo)
+                    each.hooks(self._undo)
                 else:
                     forward.put_in(self._undo)
                     _verify(forward, view, layer)
@@ -225,6 +304,8 @@ class SparseFeedForward(SparseForward):
 def _sparse(site: Site) -> SparseForward | None:
     """A forward for the site's projection, or for its whole feed-forward; None where that is no module of its own."""
     parts, module = site.parts, site.weight.module
+    if isinstance(site, ExpertSite):
+        return None
     if not site.rule.by_gate:
         assert module is not None
         return SparseLinear(module, site)

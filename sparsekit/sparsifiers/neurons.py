@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from sparsekit.probes import cett
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.base import Tokens, dense_pass
 from sparsekit.probes.layered import LayeredModel
-from sparsekit.probes.neurons import Down, sparse_losses
-from sparsekit.sparsifiers.base import Candidates, InOrder, Sparsifier, level_for, realised_with
+from sparsekit.probes.neurons import Down, Downs, sparse_losses
+from sparsekit.sparsifiers.base import Candidates, InOrder, Parts, Sparsifier, level_for, realised_with
 from sparsekit.sparsifiers.installed import SiteOf, Target
+from sparsekit.sparsifiers.mixtures import Experts, neurons
 from sparsekit.sparsifiers.rules import Limit, Rule, Sample, n_kept
-from sparsekit.sparsifiers.sites import DOWN, FeedForward, feed_forwards
+from sparsekit.sparsifiers.sites import DOWN, SHARED, FeedForward, feed_forwards
 
 
 def one_of(params: Any, *names: str) -> None:
@@ -32,7 +33,7 @@ def one_of(params: Any, *names: str) -> None:
 
 
 class NeuronSparsifier(Sparsifier):
-    """Masks what down projections of dense feed-forwards read.
+    """Masks what down projections read: of dense feed-forwards, and of the experts of mixtures.
 
     Attributes:
         gated: it wants to see gates where a feed-forward has any.
@@ -41,18 +42,28 @@ class NeuronSparsifier(Sparsifier):
     gated = False
 
     def candidates(self, view: LayeredModel) -> Candidates:
-        return {(layer, DOWN): (parts.down, parts) for layer, parts in self.parts(view).items()}
+        return {where: (parts.down, parts) for where, parts in self.places(view).items()}
 
-    def parts(self, view: LayeredModel, meta: dict[str, Any] | None = None) -> dict[int, FeedForward]:
-        """The layers' feed-forwards; ``meta`` takes why layers have none."""
-        found, missing = feed_forwards(view, self.gated)
-        if meta is not None and missing:
-            meta["missing"] = {str(layer): reason for layer, reason in missing.items()}
+    def places(self, view: LayeredModel, meta: dict[str, Any] | None = None) -> dict[SiteOf, FeedForward | Experts]:
+        """All neurons, by layer and DOWN, or in a mixture EXPERTS and SHARED; ``meta`` takes what is missing."""
+        found, missing = neurons(view, self.gated)
+        _note(missing, meta)
         return found
 
-    def pending(self, view: LayeredModel, layer: int, parts: FeedForward) -> Target:
+    def parts(self, view: LayeredModel, meta: dict[str, Any] | None = None) -> dict[int, FeedForward]:
+        """The dense feed-forwards alone, by layer; ``meta`` takes why layers have none."""
+        found, missing = feed_forwards(view, self.gated)
+        _note(missing, meta)
+        return found
+
+    def pending(self, view: LayeredModel, layer: int, parts: FeedForward | Experts, name: str = DOWN) -> Target:
         """A layer's target before its limit is known."""
-        return self.target(view, (layer, DOWN), parts.down, parts, Limit(torch.zeros(())))
+        return self.target(view, (layer, name), parts.down, parts, Limit(torch.zeros(())))
+
+
+def _note(missing: Mapping[int, str], meta: dict[str, Any] | None) -> None:
+    if meta is not None and missing:
+        meta["missing"] = {str(layer): reason for layer, reason in missing.items()}
 
 
 class Cett(NeuronSparsifier):
@@ -62,7 +73,8 @@ class Cett(NeuronSparsifier):
     is the same: the largest at which perplexity on the calibration data rises by at most ``ppl`` (``p`` is another
     name of it; 0.01 where nothing is given), or ``cett`` itself, or the one that drops a share ``sparsity`` of neurons.
     Or else ``thresholds``, one a layer: a list, a text in Sparsing Law's format, a file that holds one, or the result
-    (.json) of the probe activation_sparsity.
+    (.json) of the probe activation_sparsity. In a mixture neurons are those of the experts that a token visits, and
+    n_i has the routing weight in it.
 
     Source: Luo et al. 2024, arXiv 2411.02335, sec. 4.1
     """
@@ -87,16 +99,20 @@ class Cett(NeuronSparsifier):
             one_of(self, "ppl", "cett", "sparsity", "thresholds")
             return self
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
-        return Target(weight, Rule(limit, Down.of(weight.weight).norm_EF[0], inclusive=True), parts)
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
+        norm_EF = Down.of(weight.weight).norm_EF
+        if isinstance(parts, Experts):
+            return Target(weight, Rule(limit, norm_EF, inclusive=True, by_routing=True), parts)
+        scale = 1.0 if parts is None else parts.scale
+        return Target(weight, Rule(limit, norm_EF[0] * scale, inclusive=True), parts)
 
     def fit(self, view: LayeredModel, tokens: Tokens, meta: dict[str, Any]) -> Mapping[SiteOf, Limit]:
-        parts, p = self.parts(view, meta), self.params
+        places, p = self.places(view, meta), self.params
         if p.thresholds is not None:
-            return _limits(parts, read(p.thresholds, view.n_layers))
-        banks = {layer: {"ffn_act": Down.of(each.down.weight)} for layer, each in parts.items()}
+            return _limits(places, read(p.thresholds, view.n_layers))
+        banks: Downs = {layer: {} for layer, _ in places}
+        for (layer, name), each in places.items():
+            banks[layer]["shared_act" if name == SHARED else "ffn_act"] = Down.of(each.down.weight)
         curves = cett.Calibration(banks, view.n_layers, p.grid, self.seed)
         dense_pass(view, tokens, [curves])
         if p.cett is not None or p.sparsity is not None:
@@ -104,11 +120,11 @@ class Cett(NeuronSparsifier):
             if p.sparsity:
                 level = level_for(
                     p.sparsity,
-                    lambda at: realised_with(view, tokens, self.targets(view, _limits(parts, curves.thresholds(at)))),
+                    lambda at: realised_with(view, tokens, self.targets(view, _limits(places, curves.thresholds(at)))),
                 )
             meta["cett"] = level
-            return _limits(parts, curves.thresholds(level))
-        missing = {layer: "" for layer in range(view.n_layers) if layer not in parts}
+            return _limits(places, curves.thresholds(level))
+        missing = {layer: "" for layer in range(view.n_layers) if layer not in banks}
         dense = float(torch.cat([torch.from_numpy(x) for x in curves.losses]).mean())
 
         def ratio_with(thresholds: Sequence[float]) -> float:
@@ -117,11 +133,11 @@ class Cett(NeuronSparsifier):
 
         found = cett.search(curves.thresholds, ratio_with, p.ppl or 0.01)
         meta |= {"cett": found.cett, "status": found.status, "perplexity_ratio": found.ratio, "runs": found.runs}
-        return _limits(parts, found.thresholds)
+        return _limits(places, found.thresholds)
 
 
-def _limits(parts: Mapping[int, FeedForward], thresholds: Sequence[float]) -> dict[SiteOf, Limit]:
-    return {(layer, DOWN): Limit(torch.tensor(thresholds[layer], dtype=torch.float64)) for layer in parts}
+def _limits(places: Iterable[SiteOf], thresholds: Sequence[float]) -> dict[SiteOf, Limit]:
+    return {(layer, name): Limit(torch.tensor(thresholds[layer], dtype=torch.float64)) for layer, name in places}
 
 
 def read(given: list[float] | str, n_layers: int) -> tuple[float, ...]:
@@ -161,25 +177,25 @@ class FatEps(NeuronSparsifier):
             one_of(self, "eps", "sparsity")
             return self
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         return Target(weight, Rule(limit, by_gate=parts is not None and parts.gate is not None), parts)
 
     def fit(self, view: LayeredModel, tokens: Tokens, meta: dict[str, Any]) -> Mapping[SiteOf, Limit]:
-        parts = self.parts(view, meta)
+        places = self.places(view, meta)
 
         def all_at(eps: Tensor) -> dict[SiteOf, Limit]:
-            return {(layer, DOWN): Limit(eps) for layer in parts}
+            return {where: Limit(eps) for where in places}
 
         if not self.params.sparsity:
             eps = 0.0 if self.params.sparsity is not None else 0.01 if self.params.eps is None else self.params.eps
             return all_at(torch.tensor(eps, dtype=torch.float64))
-        scores = Sample(len(parts), self.seed)
+        scores = Sample(len(places), self.seed)
         order = InOrder(view, tokens, self.seed)
         for layer in range(view.n_layers):
-            if layer in parts:
-                scores.add(order.samples({DOWN: self.pending(view, layer, parts[layer])})[DOWN].scores())
+            here = {name: each for (at, name), each in places.items() if at == layer}
+            pending = {name: self.pending(view, layer, each, name) for name, each in here.items()}
+            for sample in order.samples(pending).values():
+                scores.add(sample.scores())
             order.advance()
         # of the dense model; what is dropped moves later layers' gates
         level = level_for(
@@ -192,7 +208,8 @@ class FatEps(NeuronSparsifier):
 class TopK(NeuronSparsifier):
     """Keeps the k largest |a_i| of each token's neurons.
 
-    ``k`` is a share of them, 0.1 where nothing is given, or 1 - ``sparsity``: round(k d_ff) stay, at least one.
+    ``k`` is a share of them, 0.1 where nothing is given, or 1 - ``sparsity``: round(k d_ff) stay, at least one. In a
+    mixture they are the largest of all routed experts that the token visits, and apart from these of a shared one.
 
     Source: Luo et al. 2024, arXiv 2411.02335, sec. 4.1 (top-k)
     """
@@ -206,13 +223,11 @@ class TopK(NeuronSparsifier):
             one_of(self, "k", "sparsity")
             return self
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         return Target(weight, Rule(limit), parts)
 
     def fit(self, view: LayeredModel, tokens: Tokens, meta: dict[str, Any]) -> Mapping[SiteOf, Limit]:
         p = self.params
         share = 1 - p.sparsity if p.sparsity is not None else 0.1 if p.k is None else p.k
-        found = self.parts(view, meta).items()
-        return {(layer, DOWN): Limit(k=n_kept(share, each.down.weight.shape[1])) for layer, each in found}
+        found = self.places(view, meta).items()
+        return {where: Limit(k=n_kept(share, each.down.weight.shape[-1])) for where, each in found}

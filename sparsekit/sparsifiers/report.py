@@ -6,6 +6,7 @@ import math
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from sparsekit.sparsifiers.base import losses
 from sparsekit.sparsifiers.calibration import THRESHOLDS, Calibration, mean_of
 from sparsekit.sparsifiers.choose import SEQUENCES, make, saved
 from sparsekit.sparsifiers.installed import Installed
-from sparsekit.sparsifiers.sites import DOWN, feed_forward
+from sparsekit.sparsifiers.sites import DOWN, EXPERTS, SHARED, feed_forward
 
 ROUNDS, DECODED = 7, 16  # of timing, and tokens of each
 REPORT = "report"
@@ -255,10 +256,14 @@ def told(report: Report) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     table = ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines]
     what = "the masked projections' inputs"
-    if {name for _, name in calibration.limits} == {DOWN}:
-        widths_F = {calibration.weights[where] // report.d_model for where in calibration.limits}
-        count = f" ({scalars['sparsity'] * max(widths_F):.0f} of {max(widths_F)} a layer)" if len(widths_F) == 1 else ""
-        what = f"neurons{count}"
+    if {name for _, name in calibration.limits} <= {DOWN, EXPERTS, SHARED}:
+        of_layer: Counter[int] = Counter()
+        for layer, name in calibration.limits:
+            of_layer[layer] += calibration.weights[layer, name] // report.d_model
+        width = max(of_layer.values())
+        count = f" ({scalars['sparsity'] * width:.0f} of {width} a layer)" if len({*of_layer.values()}) == 1 else ""
+        mixed = any(name == EXPERTS for _, name in calibration.limits)
+        what = f"{'visited ' if mixed else ''}neurons{count}"
     low, high = result.intervals["perplexity_ratio"] or (math.nan, math.nan)
     said = [
         *table, "",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.components.contracts import wide
+from sparsekit.probes.anatomy import ExpertRows
 
 SAMPLE = 1 << 22  # scores that a quantile is taken of
 
@@ -17,8 +18,8 @@ class Limit(NamedTuple):
     """What calibration found for one site.
 
     Attributes:
-        threshold: one number, or one an input [I]; None where ``k`` is given.
-        k: how many entries of a token stay.
+        threshold: one number, or one an input [I], of experts [E, F]; None where ``k`` is given.
+        k: how many entries of a token stay; of experts, for each that it visits.
     """
 
     threshold: Tensor | None = None
@@ -34,6 +35,7 @@ class Rule:
 
     Attributes:
         inclusive: a score equal to the threshold stays.
+        by_routing: of experts: scores are multiplied by the size of the routing weight, too.
     """
 
     limit: Limit
@@ -41,6 +43,7 @@ class Rule:
     by_gate: bool = False
     inclusive: bool = False
     basis_II: Tensor | None = None
+    by_routing: bool = False
 
     def beside(self, weight: Tensor) -> Rule:
         """The same where a projection's weight is, so that no forward waits for a copy."""
@@ -50,6 +53,17 @@ class Rule:
             limit=Limit(None if threshold is None else threshold.to(weight.device, wide(weight.dtype)), self.limit.k),
             basis_II=None if basis is None else basis.to(weight.device, wide(weight.dtype)),
         )
+
+    def of_rows(self, rows: ExpertRows) -> Rule:
+        """The same for rows of experts, [M, F], where weights or thresholds are [E, F]: each row's are its expert's."""
+        weight, threshold = self.weight_I, self.limit.threshold
+        weight = None if weight is None else weight[rows.expert_M]
+        if self.by_routing:
+            size_M1 = rows.weight_M.abs()[:, None]
+            weight = size_M1 if weight is None else weight * size_M1
+        if threshold is not None and threshold.ndim == 2:
+            threshold = threshold[rows.expert_M]
+        return replace(self, limit=Limit(threshold, self.limit.k), weight_I=weight)
 
     def scores(self, x: Tensor) -> Tensor:
         """[..., I], in float32 or wider."""

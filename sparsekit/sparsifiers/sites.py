@@ -5,7 +5,7 @@ Shapes, here and in this package: N tokens, I inputs of a projection (O its outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,9 @@ from sparsekit.probes.layered import LayeredModel, trial_ids
 from sparsekit.probes.sublayers import is_linear
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-DOWN = "down"  # the projection whose inputs are a feed-forward's neurons
+# whose inputs are a feed-forward's neurons; in a mixture those of the routed experts, and of the shared one
+DOWN, EXPERTS, SHARED = "down", "experts", "shared"
+SiteOf = tuple[int, str]  # layer, projection
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class FeedForward:
         down: with its module.
         gate, up, activation: gate is None where there is none; all three are where they were not found.
         missing: why there is no gate to look at, or None.
+        scale: by which its output is multiplied, as a shared expert's may be.
     """
 
     reader: nn.Module
@@ -44,6 +47,7 @@ class FeedForward:
     up: Weight | None
     activation: Callable[[Tensor], Tensor] | None
     missing: str | None
+    scale: float = 1.0
 
     def gates(self, x: Tensor) -> Tensor:
         """act(W_gate x), [..., D] -> [..., F]."""
@@ -57,7 +61,9 @@ def feed_forward(view: LayeredModel, layer: int) -> FeedForward | str:
     if anatomy.experts is not None:
         return "the feed-forward is a mixture of experts"
     if anatomy.down is None or anatomy.down.module is None or anatomy.ffn is None:
-        return anatomy.missing.get("down", "no down projection was found")
+        return anatomy.missing.get("experts") or anatomy.missing.get("down", "no down projection was found")
+    if anatomy.down.weight.ndim != 2:
+        return f"{type(anatomy.ffn).__name__} has one down projection for several experts"
     module: nn.Module | None = anatomy.ffn
     reader = anatomy.ffn
     if reader is view.blocks[layer]:
@@ -86,7 +92,7 @@ def feed_forwards(view: LayeredModel, gated: bool = False) -> tuple[dict[int, Fe
             missing[layer] = parts.missing
         else:
             found[layer] = parts
-    return found, _demand_some(found, missing)
+    return found, demand_some(found, missing)
 
 
 def linears(view: LayeredModel, layer: int) -> dict[str, Weight]:
@@ -150,11 +156,16 @@ def all_linears(view: LayeredModel) -> dict[int, dict[str, Weight]]:
         DataError: none has.
     """
     found = {layer: linears(view, layer) for layer in range(view.n_layers)}
-    _demand_some({layer: parts for layer, parts in found.items() if parts}, {0: "it has no projections"})
+    demand_some({layer: parts for layer, parts in found.items() if parts}, {0: "it has no projections"})
     return found
 
 
-def _demand_some(found: dict[int, Any], missing: dict[int, str]) -> dict[int, str]:
+def demand_some(found: Mapping[Any, Any], missing: dict[int, str]) -> dict[int, str]:
+    """Why layers are missing.
+
+    Raises:
+        DataError: all are.
+    """
     if not found:
         raise DataError(f"no layer's activations can be masked; of layer 0: {missing[0]}")
     return missing

@@ -21,7 +21,7 @@ from sparsekit.cli import main
 from sparsekit import describe, load_spec
 
 ROOT = Path(__file__).parents[2]
-SPECS = sorted((ROOT / "specs").rglob("*.json"))
+SPECS = sorted(p for p in (ROOT / "specs").rglob("*.json") if p.parent.name != "studies")
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

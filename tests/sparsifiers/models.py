@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekit.model.build import build_model
 from sparsekit.probes.base import Tokens
+from sparsekit.sparsifiers.choose import make
 
 from ..probes import families
 
@@ -55,3 +56,16 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
     return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+
+
+ALL = {
+    "cett": {}, "fat_eps": {}, "top_k": {}, "teal": {}, "wina": {}, "cats": {}, "chess": {},
+    "teal-greedy": {"allocation": "greedy", "step": 0.5},
+    "teal-global": {"allocation": "greedy_global", "step": 0.5}, "wina-turned": {"transform": "column_orthogonal"},
+    "chess-attention": {"attention": "q_and_o"},
+}  # fmt: skip
+
+
+def made(name: str, **params: Any) -> Any:
+    """A sparsifier by its name here."""
+    return make({"type": name.partition("-")[0], **ALL[name], **params})

@@ -1,11 +1,6 @@
-"""Sparse matrix times vector against masked dense in float64, on the CPU, in Triton's interpreter and on a GPU."""
+"""Sparse matrix times vector against masked dense in float64, on the CPU; on a GPU: test_triton_kernels.py."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -201,93 +196,3 @@ def test_mistakes_are_told_in_one_line():
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == line
-
-
-# --- Triton
-
-INTERPRETED = """
-import torch
-from sparsekit.sparsifiers import triton_kernels
-from tests.sparsifiers.test_kernels import close, columns_case, rows_case
-
-for dtype in (torch.float16, torch.float32):  # the interpreter has no bfloat16 of its own
-    for n_batch in (1, 3, 8):
-        for d_in, d_out in ((1, 1), (37, 53), (300, 130)):
-            for sparsity in (0.0, 0.5, 0.9, 1.0):
-                drawn = rows_case(n_batch, d_in, d_out, sparsity, dtype)
-                drawn[1][(drawn[0] == 0).all(0)] = torch.nan
-                y = triton_kernels.rows_matvec(*drawn)
-                close(y, [drawn[0], drawn[1].nan_to_num()])
-                drawn = columns_case(n_batch, d_in, d_out, sparsity, dtype)
-                drawn[1][~drawn[2].any(0)] = torch.nan
-                y = triton_kernels.columns_matvec(*drawn)
-                close(y, [drawn[0], drawn[1].nan_to_num(), drawn[2]])
-print("all agree")
-"""
-
-
-@pytest.mark.slow
-def test_kernels_agree_in_the_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    import numpy
-
-    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("Triton's interpreter (3.6) makes numbers of arrays, which numpy 2.4 refuses")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stderr[-2000:]
-
-
-def on_gpu(case: list[Tensor]) -> list[Tensor]:
-    return [x.cuda() for x in case]
-
-
-@pytest.fixture
-def triton_kernels():
-    if not torch.cuda.is_available() or find_spec("triton") is None:
-        pytest.skip("needs a CUDA device and triton")
-    from sparsekit.sparsifiers import triton_kernels
-
-    return triton_kernels
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n_batch", range(1, 9))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_agree_on_a_gpu(triton_kernels, dtype, n_batch):
-    for d_in, d_out in ((4096, 1024), (1031, 4099), (7, 5)):
-        for sparsity in (0.0, 0.5, 0.9, 1.0):
-            drawn = on_gpu(rows_case(n_batch, d_in, d_out, sparsity, dtype))
-            drawn[1][(drawn[0] == 0).all(0)] = torch.nan
-            y = rows_matvec(*drawn)
-            close(y, [drawn[0], drawn[1].nan_to_num()])
-            assert y.equal(rows_matvec(*drawn))  # added up in one order
-            drawn = on_gpu(columns_case(n_batch, d_in, d_out, sparsity, dtype))
-            drawn[1][~drawn[2].any(0)] = torch.nan
-            close(columns_matvec(*drawn), [drawn[0], drawn[1].nan_to_num(), drawn[2]])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n_batch", [1, 4])
-def test_a_cuda_graph_takes_other_masks(triton_kernels, n_batch):
-    x, weight = on_gpu(rows_case(n_batch, 1031, 515, 0.9, torch.bfloat16))
-    z, other, keep = on_gpu(columns_case(n_batch, 515, 1031, 0.9, torch.bfloat16))
-
-    def run() -> tuple[Tensor, Tensor]:
-        return rows_matvec(x, weight, 0.9), columns_matvec(z, other, keep, 0.9)
-
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        rows, columns = run()
-    for sparsity in (0.9, 0.0, 1.0, 0.5):
-        x.copy_(rows_case(n_batch, 1031, 515, sparsity, torch.bfloat16, seed=1)[0])
-        keep.copy_(columns_case(n_batch, 515, 1031, sparsity, torch.bfloat16, seed=1)[2])
-        graph.replay()
-        close(rows, [x, weight])
-        close(columns, [z, other, keep])

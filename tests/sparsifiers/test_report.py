@@ -102,12 +102,22 @@ def test_what_is_reported_is_measured(make_model: Any, tmp_path: Path) -> None:
     assert "decoding, one token through all feed-forwards: " in text
 
 
-def test_a_mixture_keeps_its_experts() -> None:
-    mixture = {"type": "moe", "n_experts": 4, "expert": {"type": "swiglu", "d_ff": 16}}
-    report = sparsify(ours(mixture, layers={"1": {"ffn": {"type": "swiglu", "d_ff": 48}}}), "cats", ids(4))
+def test_a_mixture_is_reported_by_what_tokens_visit() -> None:
+    mixture = {
+        "type": "moe",
+        "n_experts": 4,
+        "expert": {"type": "swiglu", "d_ff": 24},
+        "router": {"type": "top_k", "k": 2},
+    }
+    between = {"1": {"ffn": {"type": "swiglu", "d_ff": 48}}, "2": {"ffn": {**mixture, "dispatch": "loop"}}}
+    report = sparsify(ours(mixture, layers=between), "cats", ids(4))
     assert np.isnan(report.result.per_layer["sparsity_down"]).tolist() == [True, False, True]
+    assert np.isnan(report.result.per_layer["sparsity_experts"]).tolist() == [False, True, True]
     assert np.isnan(report.result.matrices["active_neurons"]).all(1).tolist() == [True, False, True]
-    assert "note: layer 0: not masked: the feed-forward is a mixture of experts" in told(report)
+    share = report.result.scalars["sparsity"]
+    text = told(report)
+    assert f"cats: {share:.1%} of visited neurons ({share * 48:.0f} of 48 a layer) can be skipped at " in text
+    assert "note: layer 2: not masked: its experts run one after the other, not as one grouped product" in text
 
 
 def test_a_feed_forward_that_is_no_module_has_no_speed() -> None:

@@ -13,11 +13,11 @@ from pydantic import NonNegativeFloat
 from sparsekit.probes.anatomy import Weight
 from sparsekit.probes.base import Tokens
 from sparsekit.probes.layered import LayeredModel
-from sparsekit.sparsifiers.base import InOrder
+from sparsekit.sparsifiers.base import InOrder, Parts
 from sparsekit.sparsifiers.installed import SiteOf, Target
 from sparsekit.sparsifiers.neurons import NeuronSparsifier
 from sparsekit.sparsifiers.rules import Limit, Rule
-from sparsekit.sparsifiers.sites import DOWN, FeedForward
+from sparsekit.sparsifiers.sites import DOWN
 
 
 class NewPart(NeuronSparsifier):
@@ -31,9 +31,7 @@ class NewPart(NeuronSparsifier):
     class Params(NeuronSparsifier.Params):
         factor: NonNegativeFloat = 0.5
 
-    def target(
-        self, view: LayeredModel, where: SiteOf, weight: Weight, parts: FeedForward | None, limit: Limit
-    ) -> Target:
+    def target(self, view: LayeredModel, where: SiteOf, weight: Weight, parts: Parts, limit: Limit) -> Target:
         return Target(weight, Rule(limit), parts)
 
     def fit(self, view: LayeredModel, tokens: Tokens, meta: dict[str, Any]) -> Mapping[SiteOf, Limit]:

@@ -1,0 +1,194 @@
+"""The Triton kernels: in Triton's interpreter, as machine code for an H100 (both without a GPU), and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit.sparsifiers.kernels import columns_matvec, rows_matvec
+
+from .test_kernels import DTYPES, close, columns_case, rows_case
+
+# The interpreter makes numbers of arrays with one entry, which numpy 2.4 refuses; bfloat16 it truncates, and takes for
+# integers in tl.dot. Weights that must not be read are nan.
+INTERPRETED = """
+import torch
+from triton.runtime import interpreter
+
+patch = interpreter._patch_lang_tensor
+
+def patched(tensor, *rest):
+    patch(tensor, *rest)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+interpreter._patch_lang_tensor = patched
+
+from sparsekit.sparsifiers import triton_kernels
+from sparsekit.sparsifiers.triton_kernels import Plan
+from tests.sparsifiers.test_kernels import close, columns_case, rows_case
+
+def check(n_batch, d_in, d_out, sparsity, dtype, by_rows=None, by_columns=None):
+    drawn = rows_case(n_batch, d_in, d_out, sparsity, dtype)
+    drawn[1][(drawn[0] == 0).all(0)] = torch.nan
+    y = triton_kernels.rows_matvec(*drawn, by_rows)
+    close(y, [drawn[0], drawn[1].nan_to_num()])
+    drawn = columns_case(n_batch, d_in, d_out, sparsity, dtype)
+    drawn[1][~drawn[2].any(0)] = torch.nan
+    y = triton_kernels.columns_matvec(*drawn, by_columns)
+    close(y, [drawn[0], drawn[1].nan_to_num(), drawn[2]])
+
+for dtype in (torch.float16, torch.float32):
+    for n_batch in range(1, 9):
+        for d_in, d_out in ((1, 1), (37, 53), (300, 130)):
+            for sparsity in (0.0, 0.5, 0.9, 1.0):
+                check(n_batch, d_in, d_out, sparsity, dtype)
+for plan in (Plan(16, 16, 32), Plan(32, 16, 64, stages=3)):  # many stretches, sizes that no tile divides
+    for n_batch in (1, 3):
+        check(n_batch, 45, 77, 0.5, torch.float32, plan, plan)
+print("all agree")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_agree_in_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stderr[-2000:]
+
+
+# --- machine code
+
+
+def code_for_an_h100(kernel: Any, tensors: dict[str, str], sizes: dict[str, int], plan: Any, **constants: int) -> Any:
+    """Compiled as the first call on such a device would; told as a call tells it, sizes of 1 become constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = tensors.get(name, "i32" if sizes.get(name, 1) > 1 else "constexpr")
+        if name in tensors or (sizes.get(name, 1) > 1 and sizes[name] % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    fixed = constants | {name: size for name, size in sizes.items() if size == 1}
+    places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps})
+
+
+def resources(code: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a thread, as the machine code states them."""
+    import triton
+
+    (folder / "kernel.cubin").write_bytes(code.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    told = subprocess.run(
+        [tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+
+
+SHAPES = [(4096, 14336), (14336, 4096), (1031, 515), (1, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_batch", [1, 2, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_compile_for_an_h100(dtype: torch.dtype, n_batch: int, tmp_path: Path) -> None:
+    """Nothing spills, little shared memory, and where sizes allow weights are read 16 bytes a thread at a time."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sparsekit.sparsifiers import triton_kernels as kernels
+
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    for d_in, d_out in SHAPES:
+        sizes = {"d_in": d_in, "d_out": d_out}
+        for name, plan in [("rows", kernels.rows_plan(d_in, d_out, n_batch)),
+                           ("columns", kernels.columns_plan(d_in, d_out, n_batch))]:  # fmt: skip
+            for stages in (plan.stages, 3):
+                shape = {"STRETCH": plan.stretch, "ROWS": plan.rows, "WIDTH": plan.width, "STAGES": stages}
+                shape |= {"BATCH": n_batch, "TILE": n_batch}
+                tensors = {"x_ptr": pointer, "weight_ptr": pointer, "lists_ptr": "*i32"}
+                if name == "rows":
+                    kernel, tensors = kernels._rows, {**tensors, "parts_ptr": "*fp32"}
+                else:
+                    kernel, tensors = kernels._columns, {**tensors, "keep_ptr": "*u8", "y_ptr": pointer}
+                    shape["LINE"] = max(plan.stretch, 32)
+                code = code_for_an_h100(kernel, tensors, sizes, plan, **shape)
+                used = resources(code, tmp_path)
+                assert used["STACK"] == used["LOCAL"] == 0, (name, d_in, d_out, stages, used)
+                assert code.metadata.shared <= 48 * 1024
+                assert not re.search(r"\batom\.|\bred\.", code.asm["ptx"]), "added up in one order"
+                if d_in % 16 == d_out % 16 == 0:
+                    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", code.asm["ptx"])
+    parts = 28
+    sizes = {"n": parts, "size": n_batch * 4096}
+    tensors = {"parts_ptr": "*fp32", "y_ptr": pointer}
+    code = code_for_an_h100(kernels._sum, tensors, sizes, plan, PARTS=32, WIDTH=128)
+    assert resources(code, tmp_path)["STACK"] == 0
+
+
+# --- on a GPU
+
+
+def on_gpu(case: list[Tensor]) -> list[Tensor]:
+    return [x.cuda() for x in case]
+
+
+@pytest.fixture
+def triton_kernels():
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        pytest.skip("needs a CUDA device and triton")
+    from sparsekit.sparsifiers import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_batch", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_agree_on_a_gpu(triton_kernels, dtype, n_batch):
+    for d_in, d_out in ((4096, 1024), (1031, 4099), (7, 5)):
+        for sparsity in (0.0, 0.5, 0.9, 1.0):
+            drawn = on_gpu(rows_case(n_batch, d_in, d_out, sparsity, dtype))
+            drawn[1][(drawn[0] == 0).all(0)] = torch.nan
+            y = rows_matvec(*drawn)
+            close(y, [drawn[0], drawn[1].nan_to_num()])
+            assert y.equal(rows_matvec(*drawn))  # added up in one order
+            drawn = on_gpu(columns_case(n_batch, d_in, d_out, sparsity, dtype))
+            drawn[1][~drawn[2].any(0)] = torch.nan
+            close(columns_matvec(*drawn), [drawn[0], drawn[1].nan_to_num(), drawn[2]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_batch", [1, 4])
+def test_a_cuda_graph_takes_other_masks(triton_kernels, n_batch):
+    x, weight = on_gpu(rows_case(n_batch, 1031, 515, 0.9, torch.bfloat16))
+    z, other, keep = on_gpu(columns_case(n_batch, 515, 1031, 0.9, torch.bfloat16))
+
+    def run() -> tuple[Tensor, Tensor]:
+        return rows_matvec(x, weight, 0.9), columns_matvec(z, other, keep, 0.9)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, columns = run()
+    for sparsity in (0.9, 0.0, 1.0, 0.5):
+        x.copy_(rows_case(n_batch, 1031, 515, sparsity, torch.bfloat16, seed=1)[0])
+        keep.copy_(columns_case(n_batch, 515, 1031, sparsity, torch.bfloat16, seed=1)[2])
+        graph.replay()
+        close(rows, [x, weight])
+        close(columns, [z, other, keep])
