@@ -11,7 +11,7 @@ import typer
 from sparsekit.errors import SparsekitError, SpecError, UnknownNameError
 from sparsekit.registry import OURSELVES, own_version
 
-from . import catalogue, data, eval, interop, models, new, probe, runs, sparsify
+from . import catalogue, data, eval, interop, models, new, probe, report, runs, sparsify, study
 
 app = typer.Typer(
     name="sparsekit",
@@ -45,6 +45,8 @@ app.command()(probe.probe)
 app.command()(sparsify.sparsify)
 app.command()(runs.generate)
 app.command("eval")(eval.evaluate)
+app.command()(study.study)
+app.command()(report.report)
 app.command()(data.tokenize)
 app.command("import")(interop.import_)
 app.command()(interop.export)

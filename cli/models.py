@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from .options import Json, Overrides, Target
 
@@ -47,8 +49,9 @@ def _spec(target: str, overrides: list[str]) -> Any:
     return resolve(target, overrides).spec
 
 
-def schema() -> None:
+def schema(study: Annotated[bool, typer.Option("--study", help="Of a study's file.")] = False) -> None:
     """Prints the JSON Schema of specs, for editors, installed plug-ins included."""
     from sparsekit.spec.schema import json_schema
+    from sparsekit.studies.schema import study_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(study_schema() if study else json_schema(), indent=2))

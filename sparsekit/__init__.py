@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsekit.model.text import generate_text
     from sparsekit.probes.runner import probe
     from sparsekit.registry import register
+    from sparsekit.reports.build import report
     from sparsekit.spec.load import fingerprint, load_spec
     from sparsekit.spec.model import ModelSpec
     from sparsekit.spec.run import RunSpec
@@ -40,6 +41,7 @@ _HOMES = {
     "load_model": "model.targets",
     "probe": "probes.runner",
     "register": "registry",
+    "report": "reports.build",
     "fingerprint": "spec.load",
     "load_spec": "spec.load",
     "ModelSpec": "spec.model",
@@ -55,7 +57,7 @@ _HOMES = {
 __all__ = [
     "Choice", "ModelSpec", "Params", "Run", "RunSpec", "Slot", "SparsekitError", "build_model", "describe",
     "evaluate", "fingerprint", "generate", "generate_text", "json_schema", "load_model", "load_spec", "pick", "probe",
-    "register", "train",
+    "register", "report", "train",
 ]  # fmt: skip
 
 

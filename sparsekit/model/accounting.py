@@ -125,7 +125,7 @@ def describe(spec: SpecLike) -> Description:
         training_bytes=2 * weight_bytes + optimizer_bytes,
         activation_bytes=activation_bytes(model, run.train.micro_batch_size if run else 1, seq_len, _loss(run)),
         cache_bytes_per_token=sum(layer.attention.cache_bytes_per_token(cache_element) for layer in model.layers),
-        tokens=_tokens(run),
+        tokens=training_tokens(run),
         layers=_distinct_layers(model_spec),
         fsdp=run is not None and parallel.data == "fsdp",
     )
@@ -286,7 +286,8 @@ def _optimizer_states(run: RunSpec | None) -> int:
     return int(run.train.optimizer.cls.states_per_parameter) if run else 2
 
 
-def _tokens(run: RunSpec | None) -> int | None:
+def training_tokens(run: RunSpec | None) -> int | None:
+    """What a run trains on; None where that depends on the data or on the number of processes."""
     if run is None or (run.train.batch_ramp is not None and run.train.max_tokens is None):
         return None  # how long a ramp is in steps depends on the number of processes
     if run.train.max_steps is not None:

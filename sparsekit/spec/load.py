@@ -189,6 +189,16 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     return laid
 
 
+def laid(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A run spec's JSON with a value laid over what is at a dotted path, as ``--set`` does.
+
+    Raises:
+        IndexError: the path names an item that a list has not.
+    """
+    whole: dict[str, Any] = _lay(raw, path.split("."), value, (RunSpec, None))
+    return whole
+
+
 def _lay(raw: Any, path: Sequence[str], value: Any, place: Place) -> Any:
     """``raw``, which stands at a place, with a value laid over what is at a path below.
 
