@@ -21,9 +21,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekit.components.contracts import Linear
 from sparsekit.model.build import build_model
 from sparsekit.sparsifiers.kernels import columns_matvec, gather_columns, gather_rows, rows_matvec
 
@@ -179,33 +183,52 @@ def break_even(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way to cut up a product that could be good, the best three of each."""
+    """Every way to cut up a product that could be good: the best three of each, and the best of all together."""
     from sparsekit.sparsifiers import triton_kernels
     from sparsekit.sparsifiers.triton_kernels import Plan
 
-    stretches = {"rows": (128, 256, 512), "columns": (8, 16, 32)}
+    stretches = {"rows": (64, 128, 256), "columns": (4, 8, 16, 32)}
     tiles = {
-        "rows": ((8, 256), (16, 128), (16, 256), (32, 128), (32, 64), (16, 512)),
-        "columns": ((2, 1024), (4, 512), (4, 1024), (8, 512), (2, 2048), (4, 2048), (2, 4096), (1, 4096)),
+        "rows": ((8, 256), (8, 512), (16, 128), (16, 256), (32, 64), (32, 128), (32, 256), (64, 64), (64, 128)),
+        "columns": ((1, 2048), (1, 4096), (2, 1024), (2, 2048), (2, 4096), (4, 1024), (4, 2048), (8, 1024)),
     }
     kernels = {"rows": triton_kernels.rows_matvec, "columns": triton_kernels.columns_matvec}
+    plans = {
+        kind: [Plan(stretch, *tile, warps) for stretch, tile, warps in itertools.product(own, tiles[kind], (4, 8))
+               if tile[0] <= stretch]
+        for kind, own in stretches.items()
+    }  # fmt: skip
+    with ProcessPoolExecutor(max(os.cpu_count() or 2, 2) - 1, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_plan, *zip(*((kind, plan) for kind in plans for plan in plans[kind]), strict=True)))
     rows = []
-    for (d_in, d_out), kind in itertools.product(options.matrices, kernels):
-        matrices = Matrices(d_in, d_out, 1, torch.bfloat16, options)
-        for sparsity in (0.5, 0.9):
-            found = []
-            for stretch, tile, warps, stages in itertools.product(stretches[kind], tiles[kind], (4, 8), (1, 3)):
-                plan = Plan(stretch, *tile, warps, stages)
-                if (kind == "rows" and d_in > 64 * stretch) or tile[0] > stretch:
-                    continue
-                sides, error = matrices.sides(kind, sparsity, partial(kernels[kind], plan=plan))
-                found.append(row(kind, f"{d_in} x {d_out}", 1, sparsity, measured(sides, options), torch.bfloat16,
-                                 error=error, plan=plan))  # fmt: skip
-            for best in sorted(found, key=lambda one: one["us"]["sparse"])[:3]:
-                show(best)
-                print(f"    {best['plan']}")
-            rows += found
+    for kind in kernels:
+        together = dict.fromkeys(plans[kind], 1.0)
+        for d_in, d_out in options.matrices:
+            matrices = Matrices(d_in, d_out, 1, torch.bfloat16, options)
+            for sparsity in (0.5, 0.75, 0.9):
+                found = []
+                for plan in plans[kind]:
+                    sides, error = matrices.sides(kind, sparsity, partial(kernels[kind], plan=plan))
+                    found.append(row(kind, f"{d_in} x {d_out}", 1, sparsity, measured(sides, options), torch.bfloat16,
+                                     error=error, plan=plan))  # fmt: skip
+                    together[plan] *= found[-1]["us"]["sparse"]
+                for best in sorted(found, key=lambda one: one["us"]["sparse"])[:3]:
+                    show(best)
+                    print(f"    {best['plan']}")
+                rows += found
+        print(f"{kind}, all together: {min(together, key=lambda plan: together[plan])}")
     return rows
+
+
+def compile_plan(kind: str, plan: Sequence[int]) -> None:
+    """In a process of its own, into Triton's cache on disk."""
+    from sparsekit.sparsifiers import triton_kernels
+
+    x, weight = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, 4096), (4096, 4096)))
+    if kind == "rows":
+        triton_kernels.rows_matvec(x, weight, triton_kernels.Plan(*plan))
+    else:
+        triton_kernels.columns_matvec(x, weight, x != 0, triton_kernels.Plan(*plan))
 
 
 # --- a feed-forward
@@ -303,6 +326,8 @@ class Joined(nn.Module):
 
 class Part(nn.Module):
     """The first that is called has the product made, the last lets it go."""
+
+    beside = Linear.beside
 
     def __init__(self, joined: Joined, start: int, size: int, last: bool):
         super().__init__()

@@ -51,7 +51,7 @@ for dtype in (torch.float16, torch.float32):
         for d_in, d_out in ((1, 1), (37, 53), (300, 130)):
             for sparsity in (0.0, 0.5, 0.9, 1.0):
                 check(n_batch, d_in, d_out, sparsity, dtype)
-for plan in (Plan(16, 16, 32), Plan(32, 16, 64, stages=3)):  # many stretches, sizes that no tile divides
+for plan in (Plan(16, 16, 32), Plan(32, 16, 64)):  # many stretches, sizes that no tile divides
     for n_batch in (1, 3):
         check(n_batch, 45, 77, 0.5, torch.float32, plan, plan)
 print("all agree")
@@ -114,22 +114,20 @@ def test_kernels_compile_for_an_h100(dtype: torch.dtype, n_batch: int, tmp_path:
         sizes = {"d_in": d_in, "d_out": d_out}
         for name, plan in [("rows", kernels.rows_plan(d_in, d_out, n_batch)),
                            ("columns", kernels.columns_plan(d_in, d_out, n_batch))]:  # fmt: skip
-            for stages in (plan.stages, 3):
-                shape = {"STRETCH": plan.stretch, "ROWS": plan.rows, "WIDTH": plan.width, "STAGES": stages}
-                shape |= {"BATCH": n_batch, "TILE": n_batch}
-                tensors = {"x_ptr": pointer, "weight_ptr": pointer, "lists_ptr": "*i32"}
-                if name == "rows":
-                    kernel, tensors = kernels._rows, {**tensors, "parts_ptr": "*fp32"}
-                else:
-                    kernel, tensors = kernels._columns, {**tensors, "keep_ptr": "*u8", "y_ptr": pointer}
-                    shape["LINE"] = max(plan.stretch, 32)
-                code = code_for_an_h100(kernel, tensors, sizes, plan, **shape)
-                used = resources(code, tmp_path)
-                assert used["STACK"] == used["LOCAL"] == 0, (name, d_in, d_out, stages, used)
-                assert code.metadata.shared <= 48 * 1024
-                assert not re.search(r"\batom\.|\bred\.", code.asm["ptx"]), "added up in one order"
-                if d_in % 16 == d_out % 16 == 0:
-                    assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", code.asm["ptx"])
+            shape = {"STRETCH": plan.stretch, "ROWS": plan.rows, "WIDTH": plan.width}
+            shape |= {"BATCH": n_batch, "TILE": n_batch}
+            tensors = {"x_ptr": pointer, "weight_ptr": pointer}
+            if name == "rows":
+                kernel, tensors = kernels._rows, {**tensors, "parts_ptr": "*fp32"}
+            else:
+                kernel, tensors = kernels._columns, {**tensors, "keep_ptr": "*u8", "y_ptr": pointer}
+            code = code_for_an_h100(kernel, tensors, sizes, plan, **shape)
+            used = resources(code, tmp_path)
+            assert used["STACK"] == used["LOCAL"] == 0, (name, d_in, d_out, used)
+            assert code.metadata.shared <= 48 * 1024
+            assert not re.search(r"\batom\.|\bred\.", code.asm["ptx"]), "added up in one order"
+            if d_in % 16 == d_out % 16 == 0:
+                assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global", code.asm["ptx"])
     parts = 28
     sizes = {"n": parts, "size": n_batch * 4096}
     tensors = {"parts_ptr": "*fp32", "y_ptr": pointer}
