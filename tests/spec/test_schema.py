@@ -13,9 +13,12 @@ from jsonschema import Draft202012Validator
 from sparsekit.registry import KINDS, registry
 from sparsekit.spec.load import dump, load_spec
 from sparsekit.spec.schema import json_schema
+from sparsekit.studies.schema import study_schema
 from tests.spec.test_mistakes import put
 
-SPECS = sorted((Path(__file__).parents[2] / "specs").glob("*/*.json"))
+FOLDER = Path(__file__).parents[2] / "specs"
+SPECS = sorted(path for path in FOLDER.glob("*/*.json") if path.parent.name != "studies")
+STUDIES = sorted((FOLDER / "studies").glob("*.json"))
 MOE = {"type": "moe", "n_experts": 4, "expert": {"type": "swiglu", "d_ff": 8}}
 
 
@@ -173,6 +176,11 @@ def test_without_extends_a_part_is_not_enough(validator):
 def test_the_specs_of_this_repository(validator, path):
     assert not list(validator.iter_errors(json.loads(path.read_text())))
     assert not list(validator.iter_errors(dump(load_spec(path))))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_studies_of_this_repository(path):
+    assert not list(Draft202012Validator(study_schema()).iter_errors(json.loads(path.read_text())))
 
 
 def test_an_entry_that_cannot_be_used_costs_only_itself():
