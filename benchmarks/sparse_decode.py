@@ -187,15 +187,15 @@ def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
     from sparsekit.sparsifiers import triton_kernels
     from sparsekit.sparsifiers.triton_kernels import Plan
 
-    stretches = {"rows": (64, 128, 256), "columns": (4, 8, 16, 32)}
+    stretches = {"rows": (64, 128, 256), "columns": (0,)}
     tiles = {
-        "rows": ((8, 256), (8, 512), (16, 128), (16, 256), (32, 64), (32, 128), (32, 256), (64, 64), (64, 128)),
+        "rows": ((8, 512), (16, 256), (32, 128), (32, 256), (64, 128), (128, 64)),
         "columns": ((1, 2048), (1, 4096), (2, 1024), (2, 2048), (2, 4096), (4, 1024), (4, 2048), (8, 1024)),
     }
     kernels = {"rows": triton_kernels.rows_matvec, "columns": triton_kernels.columns_matvec}
     plans = {
-        kind: [Plan(stretch, *tile, warps) for stretch, tile, warps in itertools.product(own, tiles[kind], (4, 8))
-               if tile[0] <= stretch]
+        kind: [Plan(stretch, *tile, warps) for stretch, tile, warps in itertools.product(own, tiles[kind], (2, 4, 8))
+               if not stretch or tile[0] <= stretch <= 16 * tile[0]]
         for kind, own in stretches.items()
     }  # fmt: skip
     with ProcessPoolExecutor(max(os.cpu_count() or 2, 2) - 1, multiprocessing.get_context("spawn")) as pool:

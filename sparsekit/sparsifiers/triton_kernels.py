@@ -3,14 +3,14 @@
 """The GPU's side of :mod:`sparsekit.sparsifiers.kernels`, in Triton.
 
 How many rows are active stays on the device: grids follow from the matrix's shape, so that nothing waits for the host
-and a CUDA graph can hold it. Both kernels give each program a fixed stretch of x or of keep; it numbers what is active
-there by a prefix sum, reads those rows and no others, and one that finds nothing is done at once. Which row is number k
-is worked out in registers, by comparing every number with k: a list in memory would cost three waits for it.
+and a CUDA graph can hold it. Nothing is listed or numbered either: a program passes over every row of its tile, and
+where a row is inactive its threads' loads are switched off, which costs the instruction and reads nothing.
 
 input-sparse: a program takes a stretch of inputs and a block of outputs. What the stretches add up to (split-K) is
     written in float32 and summed by a second kernel: in one fixed order, so that a result is the same every time, and
     without zeroing a buffer first, which atomic additions would need on top of a pass that rounds.
-output-sparse: a program takes a stretch of outputs and all inputs; there is nothing to add up.
+output-sparse: a program takes a few outputs and all inputs; there is nothing to add up. One of whose outputs none is
+    wanted is done at once.
 
 One token is multiplied in registers; 2 to 8 go through the tensor cores, whose tiles are 16 high.
 """
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     """How a product is cut up.
 
     Attributes:
-        stretch: inputs (of keep: outputs) among which one program looks for what is active.
+        stretch: inputs that one program adds up (all of them where what is sparse are outputs).
         rows: rows of the weight read at a time.
         width: of each row, how much a program reads at a time.
         warps: of 32 threads, in a program.
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
 
 
 # of one token, and of several, whose tiles go through the tensor cores
-ROWS_PLANS = Plan(128, 32, 128), Plan(128, 16, 128)
-COLUMNS_PLANS = Plan(8, 4, 2048), Plan(16, 16, 128)
+ROWS_PLANS = Plan(128, 32, 256), Plan(128, 32, 128)
+COLUMNS_PLANS = Plan(0, 2, 2048), Plan(0, 16, 128)
 
 
 def rows_plan(d_in: int, d_out: int, n_batch: int) -> Plan:
@@ -69,8 +69,7 @@ def rows_matvec(x_BI: Tensor, weight_IO: Tensor, plan: Plan | None = None) -> Te
     with torch.cuda.device_of(x_BI):
         _rows[grid](
             x_BI, weight_IO, parts_SBO, d_in, d_out,
-            BATCH=n_batch, TILE=triton.next_power_of_2(n_batch), STRETCH=plan.stretch, ROWS=plan.rows,
-            WIDTH=plan.width, num_warps=plan.warps,
+            BATCH=n_batch, STRETCH=plan.stretch, ROWS=plan.rows, WIDTH=plan.width, num_warps=plan.warps,
         )  # fmt: skip
         _sum[(triton.cdiv(n_batch * d_out, 32),)](
             parts_SBO, y_BO, grid[1], n_batch * d_out, PARTS=min(triton.next_power_of_2(grid[1]), 128), WIDTH=32
@@ -81,41 +80,29 @@ def rows_matvec(x_BI: Tensor, weight_IO: Tensor, plan: Plan | None = None) -> Te
 @triton.jit
 def _rows(
     x_ptr, weight_ptr, parts_ptr, d_in, d_out, BATCH: tl.constexpr,
-    TILE: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    STRETCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block, stretch = tl.program_id(0), tl.program_id(1)
-    i = stretch * STRETCH + tl.arange(0, STRETCH)
     o = block * WIDTH + tl.arange(0, WIDTH)
+    b = tl.arange(0, 16)[:, None]
+    acc = tl.zeros((ROWS if BATCH == 1 else 16, WIDTH), tl.float32)
+    for step in tl.static_range(STRETCH // ROWS):  # unrolled, so that loads of several steps are under way
+        i = stretch * STRETCH + step * ROWS + tl.arange(0, ROWS)
+        at = i.to(tl.int64)[:, None] * d_out + o[None, :]
+        if BATCH == 1:
+            x = tl.load(x_ptr + i, mask=i < d_in, other=0.0)
+            w = tl.load(weight_ptr + at, mask=(x != 0)[:, None] & (o < d_out)[None, :], other=0.0)
+            acc += x.to(tl.float32)[:, None] * w.to(tl.float32)
+        else:
+            xs = tl.load(x_ptr + b * d_in + i[None, :], mask=(b < BATCH) & (i < d_in)[None, :], other=0.0)
+            active = tl.max((xs != 0).to(tl.int32), 0) != 0
+            w = tl.load(weight_ptr + at, mask=active[:, None] & (o < d_out)[None, :], other=0.0)
+            acc = tl.dot(xs, w, acc, input_precision="ieee")
     if BATCH == 1:
-        x = tl.load(x_ptr + i, mask=i < d_in, other=0.0)
-        number = _numbered(x != 0)
-        n = tl.max(number, 0)
-        acc = tl.zeros((ROWS, WIDTH), tl.float32)
-        for start in range(0, n, ROWS):
-            k = start + 1 + tl.arange(0, ROWS)
-            own = number[None, :] == k[:, None]
-            row = tl.sum(tl.where(own, i[None, :], 0), 1)
-            xs = tl.sum(tl.where(own, x.to(tl.float32)[None, :], 0.0), 1)
-            at = row.to(tl.int64)[:, None] * d_out + o[None, :]
-            w = tl.load(weight_ptr + at, mask=(k <= n)[:, None] & (o < d_out)[None, :], other=0.0)
-            acc += xs[:, None] * w.to(tl.float32)
         tl.store(parts_ptr + stretch * d_out + o, tl.sum(acc, 0), mask=o < d_out)
     else:
-        b = tl.arange(0, TILE)[:, None]
-        x = tl.load(x_ptr + b * d_in + i[None, :], mask=(b < BATCH) & (i < d_in)[None, :], other=0.0)
-        number = _numbered(tl.max((x != 0).to(tl.int32), 0) != 0)
-        n = tl.max(number, 0)
-        c = tl.arange(0, 16)[:, None]
-        acc = tl.zeros((16, WIDTH), tl.float32)
-        for start in range(0, n, ROWS):
-            k = start + 1 + tl.arange(0, ROWS)
-            row = tl.sum(tl.where(number[None, :] == k[:, None], i[None, :], 0), 1)
-            xs = tl.load(x_ptr + c * d_in + row[None, :], mask=(c < BATCH) & (k <= n)[None, :], other=0.0)
-            at = row.to(tl.int64)[:, None] * d_out + o[None, :]
-            w = tl.load(weight_ptr + at, mask=(k <= n)[:, None] & (o < d_out)[None, :], other=0.0)
-            acc = tl.dot(xs, w, acc, input_precision="ieee")
-        at = (stretch * BATCH + c) * d_out + o[None, :]
-        tl.store(parts_ptr + at, acc, mask=(c < BATCH) & (o < d_out)[None, :])
+        at = (stretch * BATCH + b) * d_out + o[None, :]
+        tl.store(parts_ptr + at, acc, mask=(b < BATCH) & (o < d_out)[None, :])
 
 
 @triton.jit
@@ -129,13 +116,6 @@ def _sum(parts_ptr, y_ptr, n, size, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(y_ptr + at, total, mask=at < size)
 
 
-@triton.jit
-def _numbered(active):
-    """1, 2, 3 … at what is active, in order, and 0 elsewhere."""
-    one = active.to(tl.int32)
-    return tl.cumsum(one, 0) * one
-
-
 # --- output-sparse
 
 
@@ -146,50 +126,34 @@ def columns_matvec(x_BI: Tensor, weight_OI: Tensor, keep_BO: Tensor, plan: Plan 
     x_BI, plan = x_BI.contiguous(), plan or columns_plan(d_in, d_out, n_batch)
     y_BO = x_BI.new_empty(n_batch, d_out)
     with torch.cuda.device_of(x_BI):
-        _columns[(triton.cdiv(d_out, plan.stretch),)](
+        _columns[(triton.cdiv(d_out, plan.rows),)](
             x_BI, weight_OI, keep_BO.contiguous().view(torch.uint8), y_BO, d_in, d_out,
-            BATCH=n_batch, TILE=triton.next_power_of_2(n_batch), STRETCH=plan.stretch, ROWS=plan.rows,
-            WIDTH=plan.width, num_warps=plan.warps,
+            BATCH=n_batch, ROWS=plan.rows, WIDTH=plan.width, num_warps=plan.warps,
         )  # fmt: skip
     return y_BO
 
 
 @triton.jit
 def _columns(
-    x_ptr, weight_ptr, keep_ptr, y_ptr, d_in, d_out, BATCH: tl.constexpr,
-    TILE: tl.constexpr, STRETCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * STRETCH + tl.arange(0, STRETCH)
-    b = tl.arange(0, TILE)[:, None]
-    there = (b < BATCH) & (o < d_out)[None, :]
-    keep = tl.load(keep_ptr + b * d_out + o[None, :], mask=there, other=0)
-    wanted = tl.max((keep != 0).to(tl.int32), 0) != 0
-    number = _numbered(wanted)
-    n = tl.max(number, 0)
-    tl.store(y_ptr + b * d_out + o[None, :], tl.zeros((TILE, STRETCH), tl.float32), mask=there & ~wanted[None, :])
-
-    for start in range(0, n, ROWS):
-        k = start + 1 + tl.arange(0, ROWS)
-        row = tl.sum(tl.where(number[None, :] == k[:, None], o[None, :], 0), 1)
-        if BATCH == 1:
-            sums = tl.zeros((ROWS, WIDTH), tl.float32)
-            for first in range(0, d_in, WIDTH):
-                i = first + tl.arange(0, WIDTH)
-                xs = tl.load(x_ptr + i, mask=i < d_in, other=0.0).to(tl.float32)
-                at = row.to(tl.int64)[:, None] * d_in + i[None, :]
-                w = tl.load(weight_ptr + at, mask=(k <= n)[:, None] & (i < d_in)[None, :], other=0.0)
-                sums += w.to(tl.float32) * xs[None, :]
-            tl.store(y_ptr + row, tl.sum(sums, 1), mask=k <= n)
-        else:
-            c = tl.arange(0, 16)[None, :]
-            acc = tl.zeros((ROWS, 16), tl.float32)
-            for first in range(0, d_in, WIDTH):
-                i = first + tl.arange(0, WIDTH)
-                xs = tl.load(x_ptr + c * d_in + i[:, None], mask=(c < BATCH) & (i < d_in)[:, None], other=0.0)
-                at = row.to(tl.int64)[:, None] * d_in + i[None, :]
-                w = tl.load(weight_ptr + at, mask=(k <= n)[:, None] & (i < d_in)[None, :], other=0.0)
-                acc = tl.dot(w, xs, acc, input_precision="ieee")
-            at = c * d_out + row[:, None]
-            own = (c < BATCH) & (k <= n)[:, None]
-            kept = tl.load(keep_ptr + at, mask=own, other=0)
-            tl.store(y_ptr + at, tl.where(kept != 0, acc, 0.0), mask=own)
+    x_ptr, weight_ptr, keep_ptr, y_ptr, d_in, d_out, BATCH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = tl.arange(0, 1 if BATCH == 1 else 16)[None, :]
+    there = (b < BATCH) & (o < d_out)[:, None]
+    kept = tl.load(keep_ptr + b * d_out + o[:, None], mask=there, other=0) != 0
+    wanted = tl.max(kept.to(tl.int32), 1) != 0
+    y = tl.zeros((ROWS, 1 if BATCH == 1 else 16), tl.float32)
+    if tl.max(wanted.to(tl.int32), 0) != 0:
+        sums = tl.zeros((ROWS, WIDTH if BATCH == 1 else 16), tl.float32)
+        for first in range(0, d_in, WIDTH):
+            i = first + tl.arange(0, WIDTH)
+            at = o.to(tl.int64)[:, None] * d_in + i[None, :]
+            w = tl.load(weight_ptr + at, mask=wanted[:, None] & (i < d_in)[None, :], other=0.0)
+            if BATCH == 1:
+                x = tl.load(x_ptr + i, mask=i < d_in, other=0.0)
+                sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            else:
+                xs = tl.load(x_ptr + b * d_in + i[:, None], mask=(b < BATCH) & (i < d_in)[:, None], other=0.0)
+                sums = tl.dot(w, xs, sums, input_precision="ieee")
+        y = tl.sum(sums, 1)[:, None] if BATCH == 1 else sums
+    tl.store(y_ptr + b * d_out + o[:, None], tl.where(kept, y, 0.0), mask=there)
