@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from sparsekit.components.contracts import ROLES, Component, Linear, wide
 from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.model.decoder import Decoder
+from sparsekit.model.dtensor import is_dtensor, part_of
 from sparsekit.spec.load import read_raw, validate_model
 from sparsekit.spec.model import ModelSpec
 from sparsekit.spec.run import RunSpec
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 SpecLike = ModelSpec | RunSpec | Mapping[str, Any]
 
@@ -127,7 +125,7 @@ def _whole(module: nn.Module) -> Iterator[None]:
             if tensor is None:
                 continue
             dtype = wide(tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-            if _is_sharded(tensor) or dtype != tensor.dtype:
+            if is_dtensor(tensor) or dtype != tensor.dtype:
                 places.append((tensors, name, tensor))
                 whole = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
                 tensors[name] = nn.Parameter(whole) if tensors is module._parameters else whole
@@ -135,34 +133,13 @@ def _whole(module: nn.Module) -> Iterator[None]:
         yield
         for tensors, name, tensor in places:
             whole = tensors[name].detach()
-            if _is_sharded(tensor):
-                tensor.to_local().copy_(_shard(whole, tensor))
+            if is_dtensor(tensor):
+                tensor.to_local().copy_(part_of(whole, tensor))
             else:
                 tensor.copy_(whole)
     finally:
         for tensors, name, tensor in places:
             tensors[name] = tensor
-
-
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor, without the half second that it takes to import that."""
-    return hasattr(tensor, "device_mesh")
-
-
-def _shard(whole: Tensor, like: DTensor) -> Tensor:
-    """This process's part of a tensor, laid out as another is, without asking the other processes.
-
-    From the last dimension of the mesh to the first, as each division is made of what those after it have left.
-    """
-    mesh, here = like.device_mesh, like.device_mesh.get_coordinate()
-    assert here is not None, "this process is in the mesh of its model"
-    for dim in reversed(range(mesh.ndim)):
-        placement: Any = like.placements[dim]
-        if not placement.is_replicate():
-            parts = whole.chunk(mesh.size(dim), placement.dim)
-            empty = whole.narrow(placement.dim, 0, 0)
-            whole = parts[here[dim]] if here[dim] < len(parts) else empty
-    return whole
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sparsekit.components.contracts import Component
+from sparsekit.model.dtensor import is_dtensor
 from sparsekit.training.distributed import World
 
 
@@ -52,12 +52,12 @@ class Gradients:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def copies(tensor: Tensor, n_ranks: int) -> int:
     """How many of all ranks hold the same part of a tensor, or the same tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return n_ranks
     mesh = tensor.device_mesh
     return n_ranks // math.prod(mesh.size(i) for i, p in enumerate(tensor.placements) if not p.is_replicate())

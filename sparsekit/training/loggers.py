@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsekit.errors import SparsekitError
 from sparsekit.files import read_object, write_json
+from sparsekit.model.dtensor import is_dtensor
 from sparsekit.spec.load import dump
 from sparsekit.training.callbacks import Callback, Row
 
@@ -96,10 +97,8 @@ class TensorBoard(Callback):
 
 def histogram(tensor: Tensor, bins: int = BINS) -> dict[str, Any] | None:
     """A tensor's finite values in bins of equal width, as SummaryWriter.add_histogram_raw takes them; None of none."""
-    from torch.distributed.tensor import DTensor
-
     values = tensor.detach()
-    values = (values.full_tensor() if isinstance(values, DTensor) else values).flatten().float()
+    values = (values.full_tensor() if is_dtensor(values) else values).flatten().float()
     values = values[values.isfinite()]
     if not values.numel():
         return None

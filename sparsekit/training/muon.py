@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
 
 from sparsekit.components.contracts import wide
+from sparsekit.model.dtensor import is_dtensor, part_of
 from sparsekit.training.gradients import local
 from sparsekit.training.optimizers import Adaptive, Owned, Step
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 NOT_HIDDEN = ("head", "router")  # projections to what is counted (tokens, experts), not to a width
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -165,9 +168,9 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 def whole(update: Tensor, parameter: nn.Parameter) -> Tensor:
     """All of the matrices of which this rank holds a part; of a stack split between matrices those that it holds."""
-    if not isinstance(parameter, DTensor) or holds_whole_matrices(parameter):
+    if not is_dtensor(parameter) or holds_whole_matrices(parameter):
         return update
-    return DTensor.from_local(
+    return type(parameter).from_local(
         update, parameter.device_mesh, parameter.placements, run_check=False,
         shape=parameter.shape, stride=parameter.stride(),
     ).full_tensor()  # fmt: skip
@@ -175,11 +178,9 @@ def whole(update: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def shard(step: Tensor, parameter: nn.Parameter) -> Tensor:
     """This rank's part of what :func:`whole` gathered; nothing is sent."""
-    if not isinstance(parameter, DTensor) or holds_whole_matrices(parameter):
+    if not is_dtensor(parameter) or holds_whole_matrices(parameter):
         return step
-    mesh = parameter.device_mesh
-    everywhere = DTensor.from_local(step, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=parameter.placements).to_local()
+    return part_of(step, parameter).contiguous()
 
 
 def holds_whole_matrices(parameter: DTensor) -> bool:

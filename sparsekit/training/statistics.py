@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import get_world_size
-from torch.distributed.tensor import DTensor
 
 from sparsekit.components.contracts import ForwardContext, Linear, wide
 from sparsekit.model.decoder import Decoder
+from sparsekit.model.dtensor import is_dtensor
 from sparsekit.model.meanwhile import run_eagerly
 from sparsekit.probes.site_means import SITES, SUMS, WITHOUT_MOMENTS, moments_of, ratio, site_means, unbiased
 from sparsekit.training.gradients import copies
@@ -266,6 +266,6 @@ def _norm(tensor: Tensor) -> Tensor:
 
 def _shard(tensor: Tensor) -> tuple[Tensor, float | None]:
     """This rank's shard, and by which its square counts in a sum over ranks; None for what is no DTensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor, None
     return tensor.to_local(), 1 / copies(tensor, get_world_size())
