@@ -187,48 +187,57 @@ def tune(options: argparse.Namespace) -> list[dict[str, Any]]:
     from sparsekit.sparsifiers import triton_kernels
     from sparsekit.sparsifiers.triton_kernels import Plan
 
-    stretches = {"rows": (64, 128, 256), "columns": (0,)}
-    tiles = {
-        "rows": ((8, 512), (16, 256), (32, 128), (32, 256), (64, 128), (128, 64)),
-        "columns": ((1, 2048), (1, 4096), (2, 1024), (2, 2048), (2, 4096), (4, 1024), (4, 2048), (8, 1024)),
-    }
     kernels = {"rows": triton_kernels.rows_matvec, "columns": triton_kernels.columns_matvec}
+    rows_tiles = ((16, 128), (16, 256), (16, 512), (32, 128), (32, 256))
+    rows_plans = [
+        Plan(stretch, *tile, warps, stages)
+        for stretch, tile, warps, stages in itertools.product((128, 256, 512), rows_tiles, (1, 2), (4, 5, 8))
+    ]
     plans = {
-        kind: [Plan(stretch, *tile, warps) for stretch, tile, warps in itertools.product(own, tiles[kind], (2, 4, 8))
-               if not stretch or tile[0] <= stretch <= 16 * tile[0]]
-        for kind, own in stretches.items()
+        ("rows", 1): rows_plans,
+        ("columns", 1): [Plan(0, *tile) for tile in itertools.product((1, 2, 4), (1024, 2048, 4096), (2, 4, 8))],
+        ("rows", 8): rows_plans,
+        ("columns", 8): [Plan(0, *tile)
+                         for tile in itertools.product((16, 32), (64, 128, 256, 512), (1, 2, 4), (3, 5))],
     }  # fmt: skip
     with ProcessPoolExecutor(max(os.cpu_count() or 2, 2) - 1, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_plan, *zip(*((kind, plan) for kind in plans for plan in plans[kind]), strict=True)))
+        every = [(*which, plan) for which, some in plans.items() for plan in some]
+        fits = dict(zip(every, pool.map(compile_plan, *zip(*every, strict=True)), strict=True))
     rows = []
-    for kind in kernels:
-        together = dict.fromkeys(plans[kind], 1.0)
+    for (kind, batch), some in plans.items():
+        together = {plan: 1.0 for plan in some if fits[kind, batch, plan]}
         for d_in, d_out in options.matrices:
-            matrices = Matrices(d_in, d_out, 1, torch.bfloat16, options)
-            for sparsity in (0.5, 0.75, 0.9):
+            matrices = Matrices(d_in, d_out, batch, torch.bfloat16, options)
+            for sparsity in (0.5, 0.75, 0.9) if batch == 1 else (0.75, 0.9):
                 found = []
-                for plan in plans[kind]:
+                for plan in together:
                     sides, error = matrices.sides(kind, sparsity, partial(kernels[kind], plan=plan))
-                    found.append(row(kind, f"{d_in} x {d_out}", 1, sparsity, measured(sides, options), torch.bfloat16,
-                                     error=error, plan=plan))  # fmt: skip
+                    found.append(row(kind, f"{d_in} x {d_out}", batch, sparsity, measured(sides, options),
+                                     torch.bfloat16, error=error, plan=plan))  # fmt: skip
                     together[plan] *= found[-1]["us"]["sparse"]
                 for best in sorted(found, key=lambda one: one["us"]["sparse"])[:3]:
                     show(best)
                     print(f"    {best['plan']}")
                 rows += found
-        print(f"{kind}, all together: {min(together, key=lambda plan: together[plan])}")
+        print(f"{kind}, batch {batch}, all together: {min(together, key=lambda plan: together[plan])}", flush=True)
     return rows
 
 
-def compile_plan(kind: str, plan: Sequence[int]) -> None:
-    """In a process of its own, into Triton's cache on disk."""
+def compile_plan(kind: str, batch: int, plan: Sequence[int]) -> bool:
+    """In a process of its own, into Triton's cache on disk; whether the device has room for it."""
+    from triton.runtime.errors import OutOfResources
+
     from sparsekit.sparsifiers import triton_kernels
 
-    x, weight = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((1, 4096), (4096, 4096)))
-    if kind == "rows":
-        triton_kernels.rows_matvec(x, weight, triton_kernels.Plan(*plan))
-    else:
-        triton_kernels.columns_matvec(x, weight, x != 0, triton_kernels.Plan(*plan))
+    x, weight = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((batch, 4096), (4096, 4096)))
+    try:
+        if kind == "rows":
+            triton_kernels.rows_matvec(x, weight, triton_kernels.Plan(*plan))
+        else:
+            triton_kernels.columns_matvec(x, weight, x != 0, triton_kernels.Plan(*plan))
+    except OutOfResources:
+        return False
+    return True
 
 
 # --- a feed-forward
