@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from sparsekit.errors import SparsekitError
-
 
 def report(
     runs: Annotated[
@@ -29,24 +27,11 @@ def report(
     ] = False,
 ) -> None:
     """Writes one self-contained HTML page: what was trained, curves, what every layer does, evaluations."""
+    if len(runs) == 1 and (Path(runs[0]) / "study.json").is_file():
+        from sparsekit.studies.study import report_again
+
+        print(report_again(runs[0], out))  # its figures are files anyway
+        return
     from sparsekit.reports.build import report as write
 
-    if len(runs) == 1 and (Path(runs[0]) / "study.json").is_file():
-        if out is not None:
-            raise SparsekitError(f"{runs[0]}: is a study, whose report stands in its folder; leave --out away")
-        print(_of_study(runs[0]))
-        return
     print(write(runs, out=out, figures=figures))
-
-
-def _of_study(folder: str) -> Path:
-    """Collects what is there of a study and writes its report anew; its figures are files anyway."""
-    from sparsekit.studies.plan import expand
-    from sparsekit.studies.spec import load_study
-    from sparsekit.studies.study import finish
-
-    results = finish(expand(load_study(folder)))
-    if "report" not in results.written:
-        told = "; ".join(results.notes) or "none of its runs is trained yet"
-        raise SparsekitError(f"{folder}: {told}")
-    return results.written["report"]

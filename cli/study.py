@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,6 +55,7 @@ def study(
     given = [name for name in (part.strip() for part in devices.split(",")) if name]
     if plan_only:
         _print_plan(plan, jobs, given, as_json)
+        gc.freeze()  # else what torch has made is collected as the process ends, which takes half a second
         return
     if slurm is not None:
         _submit(plan, runs, slurm, path)
@@ -83,6 +85,7 @@ def _say(line: str) -> None:
 
 def _tell_what_runs(plan: Any, runs: Sequence[Any], jobs: int, devices: Sequence[str]) -> None:
     from sparsekit.studies.conduct import states_of
+    from sparsekit.studies.stages import LOG
 
     states = states_of(plan)
     left = sum(bool(states[run.folder].missing) for run in runs)
@@ -91,6 +94,7 @@ def _tell_what_runs(plan: Any, runs: Sequence[Any], jobs: int, devices: Sequence
         return
     done = f", {len(runs) - left} done before" if left < len(runs) else ""
     _say(f"{plan.study.name}: {left} run{'s' * (left > 1)} to do{done}; {_time(plan, states, jobs, devices)}")
+    _say(f"what each is at: {plan.study.folder / 'RUN' / LOG}")
 
 
 def _time(plan: Any, states: Any, jobs: int, devices: Sequence[str]) -> str:
@@ -200,7 +204,7 @@ def _print_results(results: Any) -> None:
             print(f"{'':15} here       {_values(claim.found)}")
             if claim.published:
                 print(f"{'':15} published  {_values(claim.published)}{f' ({claim.source})' if claim.source else ''}")
-        if len(claim.neighbours) > 1:
+        if len(claim.neighbours) > 1 and len(claim.found) > 1:
             steps = ", ".join(f"{a} to {b} {verdict}" for a, b, verdict in claim.neighbours)
             print(f"{'':15} step by step: {steps}")
         if claim.settings:

@@ -87,9 +87,12 @@ def read(path: str | Path) -> RunFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a run's folder, such as runs/tiny")
+        told = "is no folder" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {told}; give that of a run, such as runs/tiny, or of a study that has begun")
     spec_path, log = folder / SPEC, folder / METRICS
     probes = _probes(folder / PROBES) or _probes(folder)
+    if (folder / "study.json").is_file():
+        raise DataError(f"{folder}: is a study, which has a page of its own: sparsekit report {folder}")
     if not spec_path.exists() and not probes:
         raise DataError(f"{folder}: holds neither a run ({SPEC}) nor results of probes; give a run's folder")
     dated = (

@@ -164,12 +164,15 @@ def _time(seconds: float) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """A time to be read: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    """A time to be read: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``, ``30 years``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86400
+    return f"{days:.1f} days" if days < 730 else f"{days / 365.25:,.0f} years"
 
 
 def _stop(at_work: Mapping[Any, tuple[Any, PlannedRun, int, float]], tell: Tell) -> None:

@@ -199,6 +199,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), out: str | Path 
             raise SpecError([f"{path}: is no study's folder (it holds no {STUDY}); give the study's file"])
         path, out = path / STUDY, path if out is None else out
     raw = {"name": path.stem, **read_json(path)}
+    if "base" not in raw and {"model", "data", "train"} & raw.keys():
+        raise SpecError([f"{path}: is the spec of a run, not of a study; sparsekit train {path} trains it"])
     base_overrides = []
     for text in overrides:
         key = text.partition("=")[0].strip()
@@ -211,13 +213,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), out: str | Path 
     except ValidationError as error:
         raise SpecError([_in_words(line, raw) for line in explained(error, "study")]) from None
     folder = path.resolve().parent
-    base = from_folder(spec.base, folder)
+    base, axes = from_folder(spec.base, folder), _axes_from(spec.axes, folder)
     evaluate = spec.evaluate
     if evaluate is not None and evaluate.include_path is not None:
         there = str(folder / evaluate.include_path)
         evaluate = evaluate.model_copy(update={"include_path": there})
-    read = {str(path.resolve()): path.read_text(encoding="utf-8"), **dict(_files(base))}
-    spec = spec.model_copy(update={"base": base, "evaluate": evaluate})
+    read = {str(path.resolve()): path.read_text(encoding="utf-8"), **dict(_files([base, axes]))}
+    spec = spec.model_copy(update={"base": base, "axes": axes, "evaluate": evaluate})
     return Study(spec, path, Path(out) if out is not None else Path("runs") / spec.name, tuple(base_overrides), read)
 
 
@@ -231,6 +233,22 @@ def from_folder(value: Any, folder: Path) -> Any:
         key: str(folder / item) if key == "extends" and isinstance(item, str) else from_folder(item, folder)
         for key, item in value.items()
     }
+
+
+def _axes_from(axes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Likewise of axes; values that extend a file become variants, whose names say nothing of where it lies."""
+    found = {}
+    for key, values in axes.items():
+        variants = values
+        if isinstance(values, list) and extends({key: values}):
+            variants = {label(value): {key: value} for value in values}
+        found[key] = from_folder(variants, folder)
+    return found
+
+
+def extends(value: Any) -> bool:
+    """Whether anything in a JSON value is built on a file."""
+    return '"extends":' in json.dumps(value)
 
 
 def _files(value: Any, chain: tuple[Path, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -306,9 +324,11 @@ def demand_measure(text: str) -> str:
 
 
 def label(value: Any) -> str:
-    """A value in a word: of a slot its type."""
+    """A value in a word: of a slot its type, of what extends a file that file's name."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict) and isinstance(value.get("type"), str):
         return str(value["type"])
+    if isinstance(value, dict) and isinstance(value.get("extends"), str):
+        return Path(value["extends"]).stem
     return json.dumps(value)

@@ -98,7 +98,7 @@ def report_again(folder: str | Path, out: str | Path | None = None) -> Path:
     plan = expand(load_study(folder))
     results = finish(plan, report=True, out=out)
     if "report" not in results.written:
-        raise SparsekitError(next(iter(results.notes), f"{folder}: no run is trained yet"))
+        raise SparsekitError(f"{folder}: {'; '.join(results.notes) or 'none of its runs is trained yet'}")
     return results.written["report"]
 
 
@@ -140,7 +140,8 @@ def finish(plan: Plan, report: bool = True, out: str | Path | None = None) -> Re
         claims = [comparer.judge(claim) for claim in plan.study.spec.claims]
         written["claims"] = folder / "claims.json"
         write_json(written["claims"], {"judged": len(claims), "claims": [asdict(claim) for claim in claims]})
-        plots, remarks = _drawn(plan, values)
+        begun = any(state.trained for state in states.values())
+        plots, remarks = _drawn(plan, values) if begun else ([], [])
         for plot in plots:
             plot.save(folder / "figures")
         if plots:
@@ -196,7 +197,10 @@ def _remarks(plan: Plan, states: Mapping[Path, State], n_claims: int) -> list[st
         failed = [run for run in undone if states[run.folder].status == "failed"]
         more = f", {len(failed)} of them failed" if failed else ""
         found.append(f"{len(undone)} of {len(runs)} runs are not done{more}; the numbers are of the others.")
-        found += [f"{run.id} failed: {states[run.folder].failed}" for run in failed[:5]]
+        reasons: dict[str, list[str]] = {}
+        for run in failed:
+            reasons.setdefault(states[run.folder].failed, []).append(run.id)
+        found += [f"{table.named(ids)} failed: {why}" for why, ids in list(reasons.items())[:5]]
     if len(plan.runs) > len(runs):
         found.append(f"{len(plan.runs) - len(runs)} settings are the same run as another, and were run once.")
     return found

@@ -186,8 +186,9 @@ def not_applicable(plan: Plan) -> list[str]:
                 reason = read_small(file).get("meta", {}).get("not_applicable")
                 if reason:
                     told.setdefault(f"{stage.of}: not applicable: {reason}", []).append(run.id)
-    return [f"{line} ({_named(ids)})" for line, ids in told.items()]
+    return [f"{line} ({named(ids)})" for line, ids in told.items()]
 
 
-def _named(ids: Sequence[str]) -> str:
+def named(ids: Sequence[str]) -> str:
+    """The first of some runs, and how many there are beside it."""
     return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more run{'s' * (len(ids) > 2)}"

@@ -13,10 +13,13 @@ import pytest
 
 from sparsekit import report
 
-webdriver = pytest.importorskip("selenium.webdriver")
+webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install 'sparsekit[browser]'")
+MISSING = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="chromium is not here"),
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no {' and no '.join(MISSING)} on the path; the system's packages have it"
+    ),
 ]
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -90,7 +90,16 @@ def test_steps_of_a_probe_are_in_order_and_results_may_stand_alone(make_run, tmp
 def test_mistakes_are_told_in_a_line(make_run, tmp_path):
     with pytest.raises(DataError) as error:
         read(tmp_path / "nowhere")
-    assert str(error.value) == f"{tmp_path}/nowhere: no such folder; give a run's folder, such as runs/tiny"
+    mend = "give that of a run, such as runs/tiny, or of a study that has begun"
+    assert str(error.value) == f"{tmp_path}/nowhere: no such folder; {mend}"
+    study = tmp_path / "study.json"
+    study.write_text("{}")
+    with pytest.raises(DataError) as error:
+        read(study)
+    assert str(error.value) == f"{study}: is no folder; {mend}"
+    with pytest.raises(DataError) as error:
+        read(tmp_path)
+    assert str(error.value) == f"{tmp_path}: is a study, which has a page of its own: sparsekit report {tmp_path}"
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError) as error:
         read(tmp_path / "empty")

@@ -25,6 +25,7 @@ from sparsekit.reports.curves import _after_a_tenth, _smooth
 from sparsekit.reports.folder import read
 from sparsekit.reports.plots import DISTINCT, Line, lines
 from sparsekit.reports.study_summary import ClaimVerdict, StudySummary
+from sparsekit.studies.stages import TRAIN, Stage, note_done
 
 ALONE = "cannot be told (one seed)"
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
@@ -337,8 +338,13 @@ def test_the_command_on_a_study(make_run, tmp_path):
     (folder / "study.json").write_text(json.dumps(study))
     failed = CliRunner().invoke(app, [str(folder)])
     assert str(failed.exception) == f"{folder}: none of its runs is trained yet"
-    failed = CliRunner().invoke(app, [str(folder), "--out", "page.html"])
-    assert str(failed.exception) == f"{folder}: is a study, whose report stands in its folder; leave --out away"
+    run = make_run(folder / "n_heads=1,seed=0", overrides=["model.block.attention.n_heads=1"])
+    note_done(run, Stage(TRAIN, {}), run / "metrics.jsonl", step=50, tokens=6400)
+    page = tmp_path / "elsewhere" / "page.html"
+    told = CliRunner().invoke(app, [str(folder), "--out", str(page)])
+    assert (told.exit_code, told.output) == (0, f"{page}\n")
+    assert "1 of 2 runs are not done" in page.read_text()
+    assert not (folder / "report.html").exists()
 
 
 def test_smoothing_is_a_mean_around_each_row():

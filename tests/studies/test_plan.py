@@ -18,6 +18,8 @@ from sparsekit.errors import SpecError
 from sparsekit.spec.load import dump
 from sparsekit.studies import plan as planning
 from sparsekit.studies import remembered
+from sparsekit.studies.axes import short_names
+from sparsekit.studies.count import TOLD
 from sparsekit.studies.plan import Plan, expand, run_id
 from sparsekit.studies.schema import study_schema
 from sparsekit.studies.spec import StudySpec, load_study
@@ -91,7 +93,7 @@ def test_short_names_are_as_long_as_it_takes(raw: dict[str, Any], planned: Plann
     assert run.id.startswith("d_ff=24,seq_len=8,betas=_0.9,_0.95_,layers=")
     assert len(Path(run.id).parts) == 1
     raw["axes"] = {"model.init.std": [0.02], "model.embedding.init.std": [1.0]}
-    names = planning._short_names(list(raw["axes"]))
+    names = short_names(list(raw["axes"]))
     assert names == {"model.init.std": "model.init.std", "model.embedding.init.std": "embedding.init.std"}
 
 
@@ -119,6 +121,61 @@ def test_extends_is_read_from_where_the_study_stands(
     assert plan.study.folder == Path("runs/one"), "a study without a name has its file's"
     assert {run.resolved["train"]["max_steps"] for run in plan.runs} == {4}
     assert [run.resolved["model"]["n_layers"] for run in plan.runs[::2]] == [2, 5]
+
+
+FILES = {
+    "models/small.json": {"d_model": 16, "n_layers": 3, "block": {"extends": "block.json"}},
+    "models/block.json": {"ffn": {"extends": "ffn.json"}},
+    "models/ffn.json": {"type": "geglu", "d_ff": 48},
+    "models/size.json": {"d_ff": 40},
+    "models/broken.json": {"block": {"extends": "blok.json"}},
+    "run.json": {"model": {"n_layers": 5}, "train": {"max_steps": 3, "log_every": 2}},
+}
+SMALL, FFN, SIZE = ({"extends": f"models/{name}.json"} for name in ("small", "ffn", "size"))
+EXTENDING: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"model": SMALL}, {LAYERS: 3, "model.block.ffn.type": "geglu", "model.vocab_size": 257}),
+    ({"model": SMALL | {"n_layers": 4}}, {LAYERS: 4, "model.block.ffn.d_ff": 48}),
+    ({"model.block.ffn": FFN}, {LAYERS: 2, "model.block.ffn.type": "geglu", "model.block.ffn.d_ff": 48}),
+    ({"model.block.ffn": SIZE}, {"model.block.ffn.type": "swiglu", "model.block.ffn.d_ff": 40}),
+    ({"model.layers": {"0": {"ffn": FFN}}}, {"model.block.ffn.type": "swiglu", "model.layers.0.ffn.type": "geglu"}),
+    ({"extends": "run.json"}, {LAYERS: 5, "train.max_steps": 3, "train.micro_batch_size": 4}),
+    ({"train": {"log_every": 4}, "train.max_steps": 7, "extends": "run.json"}, {"train.max_steps": 7, LAYERS: 5,
+                                                                               "train.log_every": 4}),
+    ({"extends": "models/small.json", LAYERS: 6}, {LAYERS: 6, "model.block.ffn.type": "geglu", "train.max_steps": 6}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(json.dumps(content))
+
+
+def at(raw: Any, path: str) -> Any:
+    for part in path.split("."):
+        raw = raw[part]
+    return raw
+
+
+@pytest.mark.parametrize(("variant", "wanted"), EXTENDING, ids=[json.dumps(variant) for variant, _ in EXTENDING])
+def test_a_variant_extends_files_and_is_written_down_without(
+    raw: dict[str, Any], planned: Planned, files: None, variant: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    raw["axes"] = {"which": {"own": {}, "other": variant}}
+    plan = planned(raw, "seeds=[0]")
+    run = plan.runs[-1]
+    assert {path: at(run.resolved, path) for path in wanted} == wanted
+    plan.study.folder.mkdir()
+    (plan.study.folder / "study.json").write_text(json.dumps(resolved(plan)))
+    assert expand(load_study(plan.study.folder)).runs == plan.runs
+
+
+def test_values_that_extend_are_named_as_their_files(raw: dict[str, Any], planned: Planned, files: None) -> None:
+    raw["axes"] = {"model.block.ffn": [{"extends": "models/size.json"}, {"type": "reglu", "d_ff": 8}]}
+    plan = planned(raw, "seeds=[0]")
+    assert [run.id for run in plan.runs] == ["ffn=size,seed=0", "ffn=reglu,seed=0"]
+    assert [run.resolved["model"]["block"]["ffn"]["d_ff"] for run in plan.runs] == [40, 8]
 
 
 def test_a_study_that_was_written_down_is_the_same_study(raw: dict[str, Any], planned: Planned, tmp_path: Path) -> None:
@@ -175,6 +232,16 @@ MISTAKES = [
         "n_kv_heads=3,n_layers=2 (and 1 more setting): model.block.attention: n_heads (4) is not divisible by "
         "n_kv_heads (3)",
     ),
+    (
+        {"axes": {"s": {"a": {"model": {"extends": "smal.json"}}}}}, [],
+        "axes.s.a.model.extends: FOLDER/smal.json: no such file (did you mean 'small.json'?)",
+    ),
+    ({"axes": {"s": {"a": {"extends": 3}}}}, [], "axes.s.a.extends: expected the path of a JSON file, got 3"),
+    (
+        {"axes": {"model": [{"extends": "models/broken.json"}]}}, [],
+        "axes.model: FOLDER/models/broken.json: block.extends: FOLDER/models/blok.json: no such file (did you mean "
+        "'block.json'?)",
+    ),
     ({"axes": {"train.seed": [1]}}, [], 'axes.train.seed: seeds are no axis; give them as "seeds": [0, 1, 2]'),
     (
         {"axes": {LAYERS: 3}}, [],
@@ -195,6 +262,10 @@ MISTAKES = [
     ),
     ({"probes": ["varianc"]}, [], "probes.0: unknown probe 'varianc' (did you mean 'variance'?); registered: "),
     ({"probes": ["variance", {"type": "permutation", "pair": 1}]}, [], "probes.1.pair: unknown key"),
+    (
+        {"base": None, "model": {}}, [],
+        "FOLDER/small.json: is the spec of a run, not of a study; sparsekit train FOLDER/small.json trains it",
+    ),
     ({"clams": []}, [], "clams: unknown field (did you mean 'claims'?)"),
     ({"train": {}}, [], "train: unknown field (did you mean 'base.train'?)"),
     (
@@ -227,11 +298,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("change", "overrides", "told"), MISTAKES, ids=[told[:40] for *_, told in MISTAKES])
 def test_a_mistake_is_a_line(
-    raw: dict[str, Any], planned: Planned, change: dict[str, Any], overrides: list[str], told: str
-) -> None:
+    raw: dict[str, Any], planned: Planned, tmp_path: Path, files: None,
+    change: dict[str, Any], overrides: list[str], told: str,
+) -> None:  # fmt: skip
     with pytest.raises(SpecError) as error:
-        planned(raw | change, *overrides)
+        planned({key: value for key, value in (raw | change).items() if value is not None}, *overrides)
     (line,) = str(error.value).splitlines()
+    line = line.replace(str(tmp_path), "FOLDER")
     assert line == told or (told.endswith(": ") and line.startswith(told))
 
 
@@ -240,8 +313,8 @@ def test_mistakes_of_many_settings_are_not_all_told(raw: dict[str, Any], planned
     with pytest.raises(SpecError) as error:
         planned(raw)
     lines = str(error.value).splitlines()
-    assert len(lines) == planning.TOLD + 1
-    assert lines[-1] == f"… and {50 - planning.TOLD} more mistakes"
+    assert len(lines) == TOLD + 1
+    assert lines[-1] == f"… and {50 - TOLD} more mistakes"
 
 
 def test_the_schema_takes_what_the_library_takes(raw: dict[str, Any]) -> None:
@@ -261,23 +334,25 @@ def test_a_plan_that_is_remembered_is_the_same(
     raw: dict[str, Any], planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = planned(raw)
-    monkeypatch.setattr(planning, "_count", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(planning, "count", lambda *_: pytest.fail("counted again"))
     assert planned(raw) == fresh
     judged = raw | {"claims": [{"says": "s", "measure": "m", "axis": HEADS, "direction": "falls"}], "seeds": [9]}
     assert [run.seed for run in planned(judged).runs] == [9, 9], "claims and seeds cost nothing to change"
 
 
-@pytest.mark.parametrize("change", ["base", "axes", "order", "probes", "set", "extends", "code"])
+@pytest.mark.parametrize("change", ["base", "axes", "order", "probes", "set", "extends", "axis extends", "code"])
 def test_a_plan_is_counted_again_when_anything_has_changed(
     raw: dict[str, Any], planned: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     base = tmp_path / "base.json"
     base.write_text(json.dumps(raw["base"]))
     raw["base"] = {"extends": "base.json"}
-    raw["axes"] = {HEADS: [4, 1], LAYERS: [2, 3]}
+    axis = tmp_path / "axis.json"
+    axis.write_text('{"n_layers": 3}')
+    raw["axes"] = {HEADS: [4, 1], "depth": {"two": {LAYERS: 2}, "file": {"model": {"extends": "axis.json"}}}}
     counted: list[int] = []
-    real = planning._count
-    monkeypatch.setattr(planning, "_count", lambda *given: counted.append(1) or real(*given))
+    real = planning.count
+    monkeypatch.setattr(planning, "count", lambda *given: counted.append(1) or real(*given))
     planned(raw)
     planned(raw)
     assert len(counted) == 1
@@ -292,6 +367,8 @@ def test_a_plan_is_counted_again_when_anything_has_changed(
         raw["probes"] = ["moments"]
     elif change == "extends":
         base.write_text(json.dumps({**json.loads(base.read_text()), "parallel": {"data": "ddp"}}))
+    elif change == "axis extends":
+        axis.write_text('{"n_layers": 4}')
     elif change == "code":
         code = tmp_path / "code"
         code.mkdir()

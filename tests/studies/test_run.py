@@ -20,7 +20,7 @@ from sparsekit.files import sole
 from sparsekit.model.targets import Run
 from sparsekit.studies import study as whole
 from sparsekit.studies import work
-from sparsekit.studies.conduct import PATIENCE, chosen_runs, conduct, states_of
+from sparsekit.studies.conduct import PATIENCE, chosen_runs, conduct, in_words, states_of
 from sparsekit.studies.plan import Plan, expand
 from sparsekit.studies.slurm import parsed, submit
 from sparsekit.studies.spec import load_study
@@ -271,6 +271,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(path: Path, tmp_path: Path,
     _, told = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert "small: 4 runs to do; about" in told
+    assert f"what each is at: {out}/RUN/train.log" in told
     assert "the same command goes on (" in told.splitlines()[-1]
     assert alive(out) == []
     process = begun(path, out, "--jobs", "2")
@@ -344,6 +345,11 @@ def test_the_plan_and_the_results_as_json(finished: Path, capsys: pytest.Capture
     assert told["cost"]["left"] == 0
     app(["study", str(finished), "--collect", "--no-report", "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["missing"] == 0
+
+
+def test_a_time_is_told_as_one_would_say_it() -> None:
+    times = (41.2, 600.0, 3.5 * 3600, 3.26 * 86400, 115_810 * 86400.0)
+    assert [in_words(seconds) for seconds in times] == ["41 s", "10 min", "3.5 h", "3.3 days", "317 years"]
 
 
 def test_time_is_reckoned_from_finished_runs(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,18 @@ def test_runs_that_are_missing_or_failed_have_a_row(raw: dict[str, Any], planned
     assert f"{plan.runs[3].id} failed: step 3: training has diverged" in results.summary.remarks
 
 
+def test_of_a_study_without_runs_only_the_reason_is_told(raw: dict[str, Any], planned: Planned) -> None:
+    raw["figures"] = [{"type": "by_axis", "measures": ["val_loss"]}]
+    plan = planned(raw)
+    for run in plan.runs[:2]:
+        note_failed(run.folder, "no such text")
+    note_failed(plan.runs[2].folder, "diverged")
+    *_, counted, both, one = finish(plan).summary.remarks
+    assert counted == "4 of 4 runs are not done, 3 of them failed; the numbers are of the others."
+    assert both == f"{plan.runs[0].id} and 1 more run failed: no such text"
+    assert one == f"{plan.runs[2].id} failed: diverged"
+
+
 def test_the_table_knows_neither_times_nor_places(raw: dict[str, Any], planned: Planned, done: Done) -> None:
     plan = planned(raw)
     done(plan, told)
