@@ -32,7 +32,10 @@ def study(
         str | None,
         typer.Option(metavar="PATTERN", help="Runs whose name fits, such as '*seed=0'.", show_default=False),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time on this machine; by default launch.jobs.", show_default=False),
+    ] = None,
     devices: Annotated[
         str,
         typer.Option(metavar="NAME,NAME", help="Given to the jobs in turn; by default every GPU.", show_default=False),
@@ -52,6 +55,7 @@ def study(
 
     plan = expand(load_study(path, overrides, out))
     runs = chosen_runs(plan, only)
+    jobs = jobs or plan.study.spec.launch.jobs
     given = [name for name in (part.strip() for part in devices.split(",")) if name]
     if plan_only:
         _print_plan(plan, jobs, given, as_json)

@@ -101,12 +101,14 @@ class FigureSpec(Params):
 
 
 class LaunchSpec(Params):
-    """How each run is started: as ``nproc`` processes of one machine (torchrun), with ``threads`` on a CPU.
+    """How runs are started: ``jobs`` at a time, each as ``nproc`` processes (torchrun), with ``threads`` on a CPU.
 
-    ``threads`` null divides the machine's cores among the runs at work. How a sum is divided among threads moves its
-    last digits: a table that is to be the same on every machine says how many.
+    Small models leave most of a GPU idle, so that several ``jobs`` share it. ``threads`` null divides the machine's
+    cores among the runs at work; a run compiles with as many. How a sum is divided among threads moves its last digits:
+    a table that is to be the same on every machine says how many.
     """
 
+    jobs: PositiveInt = 1
     nproc: PositiveInt = 1
     threads: PositiveInt | None = None
 

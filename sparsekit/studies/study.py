@@ -46,7 +46,7 @@ def study(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     only: str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     devices: Sequence[str] = (),
     report: bool = True,
     tell: Tell = say,
@@ -60,13 +60,14 @@ def study(
         overrides: laid over it, ``"seeds=[0]"`` or ``"base.train.max_steps=100"``.
         out: its folder; by default ``runs/<name>``.
         only: a part of a run's name, or a pattern of it.
-        jobs: runs at a time, given the ``devices`` in turn (by default every GPU, if several run at a time).
+        jobs: runs at a time, by default the study's ``launch.jobs``; given the ``devices`` in turn (by default every
+            GPU, if several run at a time).
 
     Raises:
         SparsekitError: a mistake of the user's, in one line.
     """
     plan = expand(load_study(path, overrides, out))
-    run(plan, chosen_runs(plan, only), jobs, devices, tell)
+    run(plan, chosen_runs(plan, only), jobs or plan.study.spec.launch.jobs, devices, tell)
     return finish(plan, report)
 
 

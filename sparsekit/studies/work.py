@@ -30,7 +30,7 @@ class Job:
     Attributes:
         resolved: the run's spec.
         device: ``cuda:1``, ``cpu``; empty for what the spec says.
-        threads: of torch on a CPU.
+        threads: of torch on a CPU, and of its compiler.
         nproc: processes that train it together.
     """
 
@@ -74,6 +74,8 @@ def do(job: Job) -> int:
 
     _choose_device(job.device)
     torch.set_num_threads(job.threads)
+    if job.resolved["train"].get("compile"):
+        torch._inductor.config.compile_threads = job.threads
     try:
         with contextlib.ExitStack() as held:
             try:

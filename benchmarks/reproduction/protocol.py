@@ -1,0 +1,93 @@
+"""The protocol: what is laid over the small studies that are shipped, and nothing else is; and the text they read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsekit.data.shards import read_manifest
+
+SPECS = Path(__file__).resolve().parents[2] / "specs" / "studies"
+
+RELEASED = {"type": "usefulness", "compat": "released"}
+DEPTH = ["variance", "usefulness", RELEASED, "causal", "permutation"]
+CLOSED = {"type": "jacobian", "precision": "tf32"}  # exact up to rounding: pre-norm, dense
+ESTIMATE = {"type": "jacobian", "method": "estimate", "directions": 16, "iterations": 2, "token_directions": 8}
+SPARSITY = {"type": "activation_sparsity", "metric": "cett_ppl", "p": 0.01, "pictured": 0}
+SPARSITIES = [SPARSITY, {**SPARSITY, "compat": "released"}]
+ACTIVE = ["activation_sparsity", "activation_sparsity-2"]  # what the two are called in tables
+BATCH = 8192  # tokens
+
+EVERY: dict[str, Any] = {
+    "seeds": [0, 1, 2],
+    "probe_on": {"sequences": 32, "batch_size": 16},
+    "base.train.max_steps": 500,
+    "base.train.global_batch_tokens": BATCH,
+    "base.train.micro_batch_size": BATCH // 512,
+    "base.train.objective": {"type": "next_token", "chunk_tokens": 4096},
+    "base.train.statistics.every": 50,
+    "base.train.log_every": 50,
+    "base.train.callbacks": [],
+}
+STUDIES: dict[str, dict[str, Any]] = {
+    "depth": {"probes": [*DEPTH, CLOSED], "probe_on": {"sequences": 16, "batch_size": 16}},
+    "weight_decay": {"probes": [*DEPTH, CLOSED, {"type": "weight_sparsity", "ranks": False}]},
+    "sequence_length": {
+        "probes": [*DEPTH, CLOSED, "attention_sparsity"],
+        "probe_on": {"sequences": 64, "batch_size": 16},
+        "axes.length": {
+            str(n): {"model.max_seq_len": n, "train.micro_batch_size": BATCH // n} for n in (128, 256, 512, 1024, 2048)
+        },
+    },
+    "gqa_group": {"probes": [*DEPTH, CLOSED]},
+    "moe_vs_dense": {"probes": [*DEPTH, ESTIMATE, "expert_load"]},
+    "residuals": {"probes": [*DEPTH, ESTIMATE], "probe_on": {"sequences": 16, "batch_size": 16}},
+    "activation": {
+        "axes.train.max_steps": [500, 1000],
+        "probes": [*SPARSITIES, *DEPTH, ESTIMATE],
+        "base.probes": [{**SPARSITY, "every": 50, "sequences": 16}],
+        "figures": [
+            {
+                "type": "by_axis",
+                "measures": [f"{label}/activation_ratio" for label in ACTIVE],
+                "axis": "train.max_steps",
+            },
+            {"type": "along_training", "metric": "activation_sparsity/activation_ratio"},
+            {"type": "along_training", "metric": "variance/resid", "layer": -1},
+            {"type": "per_layer", "measures": ["activation_sparsity/activation_ratio", "variance/resid"]},
+        ],
+    },
+}
+
+
+def overrides(name: str, text: Path) -> list[str]:
+    """The protocol of a study, as ``sparsekit study --set`` takes it."""
+    shards = {"type": "shards", "path": str(text)}
+    tokenizer = {"type": "bpe", "vocab_size": None, "path": str(text / "tokenizer.json")}
+    ours = {
+        **EVERY,
+        "base.data": {"source": shards, "tokenizer": tokenizer},
+        "base.model.vocab_size": read_manifest(text)["vocab_size"],
+        **STUDIES[name],
+    }
+    return [f"{path}={json.dumps(value)}" for path, value in ours.items()]
+
+
+def prepare(train: Path, validation: Path, text: Path, tokens: int, vocabulary: int, separator: str) -> None:
+    """Token shards of both texts, by the library's own command.
+
+    Raises:
+        CalledProcessError: it ended with an error, which it told.
+    """
+    began = time.perf_counter()
+    command = [
+        sys.executable, "-m", "sparsekit.cli", "tokenize", str(train), "--validation", str(validation),
+        "--train-bpe", str(vocabulary), "--max-tokens", str(tokens), "--separator", separator, "--out", str(text),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    size = sum(path.stat().st_size for path in text.iterdir())
+    print(f"{text}: {size / 2**20:.0f} MiB in {time.perf_counter() - began:.0f} s")
