@@ -15,7 +15,7 @@ SPECS = Path(__file__).resolve().parents[2] / "specs" / "studies"
 
 RELEASED = {"type": "usefulness", "compat": "released"}
 DEPTH = ["variance", "usefulness", RELEASED, "causal", "permutation"]
-CLOSED = {"type": "jacobian", "precision": "tf32"}  # exact up to rounding: pre-norm, dense
+CLOSED = {"type": "jacobian", "precision": "tf32", "token_directions": 8}  # exact up to rounding: pre-norm, dense
 ESTIMATE = {"type": "jacobian", "method": "estimate", "directions": 16, "iterations": 2, "token_directions": 8}
 SPARSITY = {"type": "activation_sparsity", "metric": "cett_ppl", "p": 0.01, "pictured": 0}
 SPARSITIES = [SPARSITY, {**SPARSITY, "compat": "released"}]
