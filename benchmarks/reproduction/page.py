@@ -189,7 +189,7 @@ class Told:
         at = self.comparer.at(measure)
         places = [[v for (p, _), v in at.items() if p == place] for place in dict.fromkeys(p for p, _ in at)]
         several = [deviation(found) ** 2 for found in places if len(found) > 1]
-        return f"{math.sqrt(math.fsum(several) / len(several)):.2g}" if several else ""
+        return plain(math.sqrt(math.fsum(several) / len(several)), 2) if several else ""
 
     def run_lines(self) -> Iterator[list[Any]]:
         """Every run that was planned, also of seeds that not every variant has."""
@@ -258,19 +258,27 @@ def spread(found: Sequence[float]) -> str:
     """``1.23 ± 0.04`` over seeds."""
     if not found:
         return ""
-    mean = f"{math.fsum(found) / len(found):.3g}"
-    return f"{mean} ± {deviation(found):.1g}" if len(found) > 1 else mean
+    mean = plain(math.fsum(found) / len(found))
+    return f"{mean} ± {plain(deviation(found), 1)}" if len(found) > 1 else mean
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """To so many digits that count, without an exponent as long as it can be read: 1300, not 1.3e+03."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def values(found: Mapping[str, float]) -> str:
-    return ", ".join(f"{name}: {value:.3g}" for name, value in found.items())
+    return ", ".join(f"{name}: {plain(value)}" for name, value in found.items())
 
 
 def difference(told: ClaimVerdict) -> str:
     """Of the last value against the first."""
     if told.difference is None:
         return ""
-    return f"{told.difference:+.3g}" + (f" [{told.low:.3g}, {told.high:.3g}]" if told.low is not None else "")
+    sign = "+" if told.difference >= 0 else ""
+    if told.low is None or told.high is None:
+        return f"{sign}{plain(told.difference)}"
+    return f"{sign}{plain(told.difference)} [{plain(told.low)}, {plain(told.high)}]"
 
 
 def steps(told: ClaimVerdict) -> str:
