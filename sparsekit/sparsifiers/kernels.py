@@ -125,7 +125,8 @@ def _rows(x_BI: Tensor, weight_IO: Tensor, sparsity: float | None) -> Tensor:
 
 
 def _columns(x_BI: Tensor, weight_OI: Tensor, keep_BO: Tensor, sparsity: float | None) -> Tensor:
-    if x_BI.is_cuda and _triton(x_BI.dtype) and pays(sparsity, x_BI.shape[0]):
+    # of one token always: a kernel that is told what is wanted costs less than one that blanks out what is not
+    if x_BI.is_cuda and _triton(x_BI.dtype) and (x_BI.shape[0] == 1 or pays(sparsity, x_BI.shape[0])):
         from sparsekit.sparsifiers import triton_kernels
 
         return triton_kernels.columns_matvec(x_BI, weight_OI, keep_BO)
