@@ -51,7 +51,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is at work is stopped and packed
     try:
-        given.pop("do")(**given)
+        sys.exit(1 if given.pop("do")(**given) else 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except SparsekitError as error:

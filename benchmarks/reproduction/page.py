@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduction.pool import ENDED, NOTES, minutes_of, say, status, unpack
-from benchmarks.reproduction.protocol import STUDIES
+from benchmarks.reproduction.pool import NOTES, minutes_of, say, status, unpack
+from benchmarks.reproduction.protocol import STUDIES, question
 from sparsekit.errors import DataError
 from sparsekit.files import written_whole
 from sparsekit.reports.study_summary import ClaimVerdict
@@ -40,6 +41,7 @@ MEASURES = {
 
 def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     """Fills the page's parts between their markers, and writes the figures and each study's report."""
+    text = page.read_text(encoding="utf-8")
     parts: dict[str, str] = {}
     verdicts: list[str] = []
     runs: list[list[Any]] = []
@@ -53,7 +55,9 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         runs += told.run_lines()
         verdicts += told.verdicts()
         moved += told.moved()
-        parts[name] = "\n\n".join([told.head(), told.settings(), told.claims(), *told.drawn(figures), *told.laws()])
+        parts[name] = "\n\n".join(
+            [told.head(), told.settings(), told.claims(), *told.drawn(figures, page.parent), *told.laws()]
+        )
         say(f"{name}: {told.results.written.get('report', 'no report')}")
     head = ["| study | claim | verdict | difference, 95% | seed sd |", "|---|---|---|---|---|"]
     parts["verdicts"] = "\n".join(head + verdicts)
@@ -63,9 +67,9 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         parts["verdicts"] += "\n\n" + "\n".join([f"{sentence}{':' if differ else '.'}", *(f"* {d}" for d in differ)])
     columns = ["study", "run", "status", "step", "tokens", "parameters", *MEASURES.values()]
     if runs:
-        figures.mkdir(exist_ok=True)
+        figures.mkdir(parents=True, exist_ok=True)
         table.write(figures, "runs", columns, runs)
-    text = filled(page.read_text(encoding="utf-8"), parts)
+    text = filled(text, parts)
     with written_whole(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -86,9 +90,12 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 
 def complete_seeds(plan: Plan) -> list[int]:
-    """The seeds with which every variant came to its end."""
-    left = {run.seed for run in plan.distinct if status(plan, run) not in ENDED}
-    return [seed for seed in plan.study.spec.seeds if seed not in left]
+    """The seeds with which every variant is done, but for those that failed with each, as what diverges does."""
+    told: dict[Any, dict[int, str]] = {}
+    for run in plan.runs:
+        told.setdefault(run.place, {})[run.seed] = status(plan, run)
+    able = [by_seed for by_seed in told.values() if set(by_seed.values()) != {"failed"}]
+    return [seed for seed in plan.study.spec.seeds if able and all(by_seed[seed] == "done" for by_seed in able)]
 
 
 class Told:
@@ -107,7 +114,11 @@ class Told:
             return None
         whole = expand(load_study(folder))
         seeds = complete_seeds(whole)
-        return cls(name, whole, expand(load_study(folder, [f"seeds={json.dumps(seeds)}"]))) if seeds else None
+        if not seeds:
+            return None
+        return cls(
+            name, whole, expand(load_study(folder, [f"seeds={json.dumps(seeds)}", f"question={question(name)}"]))
+        )
 
     @staticmethod
     def states(plan: Plan) -> dict[Path, stages.State]:
@@ -156,9 +167,10 @@ class Told:
         lines = ["| claim | published | here | difference, 95% | verdict | as released |", "|---" * 6 + "|"]
         for claim, told in self.judged:
             again = self.released(claim)
-            same = again is not None and again.verdict == told.verdict
+            same = again is not None and word(again) == word(told)
             released = "" if again is None else f"{'the same' if same else f'**{again.verdict}**'}, {difference(again)}"
-            cells = [claim.says, values(claim.published), values(told.found), difference(told), steps(told), released]
+            published = ", ".join(f"{name}: {value:g}" for name, value in claim.published.items())
+            cells = [claim.says, published, values(told.found), difference(told), steps(told), released]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
@@ -175,7 +187,7 @@ class Told:
         for claim, told in self.judged:
             again = self.released(claim)
             if again is not None:
-                yield again.verdict != told.verdict, f"{self.name}: {claim.says} ({told.verdict}; {again.verdict})"
+                yield word(again) != word(told), f"{self.name}: {claim.says} ({told.verdict}; {again.verdict})"
 
     def verdicts(self) -> list[str]:
         lines = []
@@ -201,15 +213,15 @@ class Told:
             trained = [told.trained.get("step"), told.trained.get("tokens")]
             yield [self.name, run.id, told.status, *trained, run.parameters, *found]
 
-    def drawn(self, figures: Path) -> Iterator[str]:
-        """The study's own figures, as SVG beside the page."""
-        figures.mkdir(exist_ok=True)
+    def drawn(self, figures: Path, beside: Path) -> Iterator[str]:
+        """The study's own figures as SVG, as a page in the folder ``beside`` shows them."""
+        figures.mkdir(parents=True, exist_ok=True)
         for number, plot in enumerate(self.results.summary.figures):
             source = self.plan.study.folder / "figures" / f"{plot.name}.svg"
             target = figures / f"{self.name}-{number}.svg"
             with written_whole(target) as temporary:
                 temporary.write_bytes(source.read_bytes())
-            yield f"![{plot.title}]({figures.name}/{target.name})"
+            yield f"![{plot.title}]({Path(os.path.relpath(target, beside)).as_posix()})"
 
     def laws(self) -> Iterator[str]:
         """Sparsing Law's A(D), fitted to what each longest run measured of itself while its learning rate was full."""
@@ -281,9 +293,14 @@ def difference(told: ClaimVerdict) -> str:
     return f"{sign}{plain(told.difference)} [{plain(told.low)}, {plain(told.high)}]"
 
 
+def word(told: ClaimVerdict) -> str:
+    """The verdict without its reason."""
+    return told.verdict.partition(" (")[0]
+
+
 def steps(told: ClaimVerdict) -> str:
-    """The verdict; and step by step, where these say different things."""
+    """The verdict; and step by step, where these say other things."""
     each = [verdict for *_, verdict in told.neighbours]
-    if len(set(each)) < 2:
+    if set(each) <= {told.verdict}:
         return f"**{told.verdict}**"
     return f"**{told.verdict}** ({', '.join(f'{a} to {b} {verdict}' for a, b, verdict in told.neighbours)})"

@@ -6,8 +6,10 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
@@ -18,18 +20,21 @@ from typing import Any
 from benchmarks.reproduction.protocol import SPECS, overrides
 from sparsekit.files import write_json, written_whole
 from sparsekit.studies import stages, study, work
-from sparsekit.studies.conduct import PRELOAD, visible_devices
+from sparsekit.studies.conduct import PRELOAD, visible_devices, why_failed
 from sparsekit.studies.plan import Plan, PlannedRun, expand
 from sparsekit.studies.spec import STUDY, load_study
 
 NOTES = "reproduction.json"  # of a study's folder: minutes, device, commit of each call
 GRACE = 15.0  # seconds in which what is stopped may save
-KEPT = ("spec.json", "metrics.jsonl", ".study/*.json", "probes/*.json", "probes/*.npz")  # of a run that is packed
-ENDED = ("done", "failed")
+# of a run that is packed; one that failed begins anew where it is unpacked, as its weights are not there
+KEPT = {
+    "done": ("spec.json", "metrics.jsonl", ".study/*.json", "probes/*.json", "probes/*.npz"),
+    "failed": (".study/failed.json",),
+}
 
 
-def run(text: Path, out: Path, names: Sequence[str], jobs: int, minutes: float, sets: Sequence[str]) -> None:
-    """Does what is missing of some studies, and packs each when all or the time is at its end."""
+def run(text: Path, out: Path, names: Sequence[str], jobs: int, minutes: float, sets: Sequence[str]) -> bool:
+    """Does what is missing of some studies, and packs each when all or the time is at its end; whether a run failed."""
     began, at = time.monotonic(), time.time()
     # probes look at float32 weights: their products on tensor cores, as nothing they tell is finer than that
     os.environ.setdefault("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
@@ -57,6 +62,7 @@ def run(text: Path, out: Path, names: Sequence[str], jobs: int, minutes: float, 
             done = sum(status(plan, run) == "done" for run in plan.distinct)
             size = f"{packed} {packed.stat().st_size / 2**20:.2f} MiB"
             say(f"{name:16}{done:3} of {len(plan.distinct)} runs done, {minutes_of(out / name):5.2f} minutes, {size}")
+    return any(status(plan, run) == "failed" for plan in plans.values() for run in plan.distinct)
 
 
 def conduct(plans: Mapping[str, Plan], jobs: int, until: float, seconds: dict[str, float]) -> None:
@@ -85,8 +91,9 @@ def conduct(plans: Mapping[str, Plan], jobs: int, until: float, seconds: dict[st
                 process.join()
                 slots.append(slot)
                 seconds[name] += time.monotonic() - since
-                why = stages.read_small(run.folder / stages.OWN / stages.FAILED).get("why") or process.exitcode
-                told = f"failed, {why}" if process.exitcode else f"done in {time.monotonic() - since:.0f} s"
+                done = process.exitcode == 0 and status(plans[name], run) == "done"
+                took = f"{time.monotonic() - since:.0f} s"
+                told = f"done in {took}" if done else f"failed after {took}: {why_failed(run, process.exitcode)}"
                 say(f"[{total - len(todo) - len(at_work)}/{total}] {name} {run.id}: {told}")
     finally:
         for process, *_ in at_work.values():
@@ -155,8 +162,7 @@ def pack(out: Path, plan: Plan) -> Path:
     folder = plan.study.folder
     files = [folder / STUDY, folder / NOTES]
     for run in plan.distinct:
-        if status(plan, run) in ENDED:
-            files += sorted(path for pattern in KEPT for path in run.folder.glob(pattern))
+        files += sorted(path for pattern in KEPT.get(status(plan, run), ()) for path in run.folder.glob(pattern))
     target = out / f"{folder.name}.tar.xz"
     with written_whole(target) as temporary, tarfile.open(temporary, "w:xz") as archive:
         for path in filter(Path.exists, files):
@@ -168,6 +174,8 @@ def unpack(out: Path, name: str) -> Path | None:
     """A study's folder, out of its archive where it is not there; nothing where there is neither."""
     archive, folder = out / f"{name}.tar.xz", out / name
     if not (folder / STUDY).exists() and archive.exists():
-        with tarfile.open(archive) as packed:
-            packed.extractall(out, filter="data")
+        shutil.rmtree(folder, ignore_errors=True)  # without its study it holds nothing yet
+        with tempfile.TemporaryDirectory(dir=out) as temporary, tarfile.open(archive) as packed:
+            packed.extractall(temporary, filter="data")
+            (Path(temporary) / name).rename(folder)
     return folder if (folder / STUDY).exists() else None

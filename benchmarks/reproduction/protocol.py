@@ -64,12 +64,30 @@ STUDIES: dict[str, dict[str, Any]] = {
 }
 
 
+QUESTIONS = {
+    "depth": "Do the later layers of a deeper pre-norm model do less? Width 256, 4 to 32 layers.",
+    "weight_decay": "Does weight decay damp variance and make more layers useful, and where is too much?",
+    "sequence_length": "Does training on longer sequences sparsify attention and make more layers useful?",
+    "gqa_group": "Does sharing keys and values damp variance, and do deep layers then do more? 8 query heads.",
+    "moe_vs_dense": "Does a mixture of experts use its depth better than a dense model of as many active parameters?",
+    "residuals": "Do other residual schemes than pre-norm keep variance from growing, and do deep layers then do more?",
+    "activation": "Does the share of active neurons at 1% of perplexity fall with tokens for ReLU, rise for SiLU?",
+}
+
+
+def question(name: str) -> str:
+    """What a study asks here; what is shipped asks it of another text."""
+    told = "4.1 million tokens of documentation a run, none of them twice; the protocol is benchmarks/REPRODUCTION.md"
+    return f"{QUESTIONS[name]} {told}."
+
+
 def overrides(name: str, text: Path) -> list[str]:
     """The protocol of a study, as ``sparsekit study --set`` takes it."""
     shards = {"type": "shards", "path": str(text)}
     tokenizer = {"type": "bpe", "vocab_size": None, "path": str(text / "tokenizer.json")}
     ours = {
         **EVERY,
+        "question": question(name),
         "base.data": {"source": shards, "tokenizer": tokenizer},
         "base.model.vocab_size": read_manifest(text)["vocab_size"],
         **STUDIES[name],

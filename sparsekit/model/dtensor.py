@@ -20,7 +20,8 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 def part_of(whole: Tensor, like: DTensor) -> Tensor:
     """This process's part of a tensor, laid out as another is, without asking the other processes.
 
-    From the last dimension of the mesh to the first, as each division is made of what those after it have left.
+    From the last dimension of the mesh to the first, as each division is made of what those after it have left: so
+    FSDP2 lays out what tensor parallelism has divided already (a strided shard).
     """
     mesh, here = like.device_mesh, like.device_mesh.get_coordinate()
     assert here is not None, "this process is in the mesh of its model"

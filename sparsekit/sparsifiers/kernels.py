@@ -76,7 +76,7 @@ def columns_matvec(x_BI: Tensor, weight_OI: Tensor, keep_BO: Tensor, sparsity: f
         x_BI: 1 to 8 tokens, [B, I].
         weight_OI: contiguous, [O, I], of the same type.
         keep_BO: which outputs are wanted, boolean; the others are 0.
-        sparsity: the share of outputs to expect that are not wanted, as in :func:`rows_matvec`.
+        sparsity: the share of outputs to expect that are not wanted, as in :func:`rows_matvec`, of several tokens.
 
     Returns:
         [B, O], of x's type.

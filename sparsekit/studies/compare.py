@@ -22,6 +22,7 @@ from sparsekit.studies.spec import ClaimSpec, label
 from sparsekit.studies.table import Values, by_name, lookup, scalars
 
 MOST_SETTINGS = 24  # of the other axes, up to which a comparison is made at each by itself
+ROUNDING = 1e-9  # of a difference
 HOLDS, REVERSED, CANNOT = "holds", "reversed", "cannot be told"
 
 
@@ -55,9 +56,16 @@ class Comparison:
     @property
     def direction(self) -> int:
         """1 or -1 where the interval lies on that side of zero, else 0."""
-        if self.low is None or self.high is None:
+        if self.low is None or self.high is None or self.alike:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    @property
+    def alike(self) -> bool:
+        """Every seed has the same difference but for rounding, as of a share that moves in steps: there is no t."""
+        if self.low is None or self.high is None:
+            return False
+        return self.high - self.low <= ROUNDING * abs(self.difference)
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,7 +168,8 @@ class Comparer:
         """What the runs say to a claim.
 
         It holds only if the interval of the last value against the first, or with an ``order`` that of every next one
-        against the one before, excludes zero on the side that is claimed; it is reversed if on the other.
+        against the one before, excludes zero on the side that is claimed; it is reversed if on the other. A difference
+        without spread over seeds cannot be told.
         """
         factor = self.plan.factor(claim.axis)
         held = self.plan.factors[factor]
@@ -213,6 +222,8 @@ def _verdict(comparisons: Sequence[Comparison | None], sign: int) -> str:
     told = [c for c in comparisons if c is not None]
     if any(c.seeds < 2 for c in told):
         return f"{CANNOT} (one seed)"
+    if any(c.alike for c in told):
+        return f"{CANNOT} (alike with every seed)"
     sides = {c.direction * sign for c in told}
     return HOLDS if sides == {1} else REVERSED if sides == {-1} else CANNOT
 

@@ -79,7 +79,8 @@ def conduct(plan: Plan, runs: Sequence[PlannedRun], jobs: int, devices: Sequence
     total, outcome = len(todo), Outcome()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    devices = list(devices) or visible_devices(jobs)
+    # runs of several processes each see every GPU, and share them
+    devices = list(devices) or (visible_devices(jobs) if plan.study.spec.launch.nproc == 1 else [])
     threads = plan.study.spec.launch.threads or threads_of(jobs)
     slots = deque(range(jobs))
     at_work: dict[Any, tuple[Any, PlannedRun, int, float]] = {}
@@ -136,20 +137,24 @@ def _hear(
             elsewhere.append(run)
             told(run, "another process has it; looked at again later")
         return
-    if code == work.STOPPED:  # somebody stopped this one alone
-        outcome.failed[run.id] = "stopped by a signal"
-    elif code == 0 and not state(run, wanted).missing:
+    if code == 0 and not state(run, wanted).missing:
         outcome.done.append(run.id)
         told(run, f"done in {_time(seconds)}{_loss(run)}")
         return
-    else:
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
-            note_failed(run.folder, f"the process was ended by {name}{hint}; see {run.folder / LOG}")
-        why = str(read_small(run.folder / OWN / FAILED).get("why", ""))
-        outcome.failed[run.id] = why or f"ended with exit code {code}; see {run.folder / LOG}"
+    outcome.failed[run.id] = why_failed(run, code)
     told(run, f"failed after {_time(seconds)}: {outcome.failed[run.id]}")
+
+
+def why_failed(run: PlannedRun, code: int | None) -> str:
+    """Why a run is not done, by how its process ended; written down where the process could not."""
+    if code == work.STOPPED:  # somebody stopped this one alone
+        return "stopped by a signal"
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
+        note_failed(run.folder, f"the process was ended by {name}{hint}; see {run.folder / LOG}")
+    why = str(read_small(run.folder / OWN / FAILED).get("why", ""))
+    return why or f"ended with exit code {code}; see {run.folder / LOG}"
 
 
 def _loss(run: PlannedRun) -> str:

@@ -75,7 +75,7 @@ def do(job: Job) -> int:
     _choose_device(job.device)
     torch.set_num_threads(job.threads)
     if job.resolved["train"].get("compile"):
-        torch._inductor.config.compile_threads = job.threads
+        torch._inductor.config.compile_threads = min(job.threads, 32)
     try:
         with contextlib.ExitStack() as held:
             try:
