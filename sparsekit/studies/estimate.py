@@ -10,7 +10,9 @@ from pathlib import Path
 from sparsekit.studies.plan import Plan
 from sparsekit.studies.stages import State
 
-GPU_SHARE = 0.3  # of a GPU's peak: small models reach less, large ones more
+# Of a GPU's peak, what training reaches: so much for each channel, up to a limit. Measured (benchmarks/RESULTS.md): 7% at
+# width 256, six runs sharing a GPU; 46% at 768; 50% at 1536.
+GPU_SHARE, MOST_OF_GPU = 0.3 / 1024, 0.45
 CPU_SHARE = 0.5  # of what a product of matrices reaches
 
 
@@ -51,8 +53,11 @@ def reckon(plan: Plan, states: Mapping[Path, State], jobs: int = 1, n_devices: i
         return Estimate(flops, left, unknown, left / speed / jobs, f"from {n}, {speed:.3g} FLOP/s each")
     device, peak = plan.device or "", plan.peak_flops
     if device and peak:
-        how = f"at {GPU_SHARE:.0%} of the peak of {n_devices} x {device}, {peak:.3g} FLOP/s"
-        return Estimate(flops, left, unknown, left / (GPU_SHARE * peak * n_devices), how)
+        shares = [min(MOST_OF_GPU, GPU_SHARE * run.resolved["model"]["d_model"]) for run in to_train]
+        seconds = sum((run.flops or 0) / share for run, share in zip(to_train, shares, strict=True)) / peak / n_devices
+        share = left / (seconds * peak * n_devices)
+        how = f"at {share:.0%} of the peak of {n_devices} x {device}, {peak:.3g} FLOP/s"
+        return Estimate(flops, left, unknown, seconds, how)
     if device:
         return Estimate(flops, left, unknown, None, f"the peak of {device} is not known")
     speed = _product()

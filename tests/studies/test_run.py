@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from sparsekit.model.targets import Run
 from sparsekit.studies import study as whole
 from sparsekit.studies import work
 from sparsekit.studies.conduct import PATIENCE, chosen_runs, conduct, in_words, states_of
+from sparsekit.studies.estimate import reckon
 from sparsekit.studies.plan import Plan, expand
 from sparsekit.studies.slurm import parsed, submit
 from sparsekit.studies.spec import load_study
@@ -363,6 +365,17 @@ def test_time_is_reckoned_from_finished_runs(copied: Path, capsys: pytest.Captur
     plan = expand(load_study(copied))
     speeds = sorted(speed * plan.runs[0].flops_per_token for speed in told)
     assert cost["left"] / cost["seconds"] == pytest.approx(speeds[2], rel=0.2)
+
+
+def test_time_on_a_gpu_is_reckoned_from_widths(raw: dict[str, Any], planned: Planned) -> None:
+    """Narrow models reach less of a GPU than wide ones."""
+    raw["axes"], raw["seeds"] = {"model.d_model": [256, 4096]}, [0]
+    plan = dataclasses.replace(planned(raw), device="a GPU", peak_flops=1e15)
+    told = reckon(plan, states_of(plan), jobs=3, n_devices=2)
+    narrow, wide = (run.flops for run in plan.runs)
+    assert narrow is not None and wide is not None
+    assert told.seconds == pytest.approx((narrow / 0.075 + wide / 0.45) / 2e15)
+    assert told.how == f"at {(narrow + wide) / told.seconds / 2e15:.0%} of the peak of 2 x a GPU, 1e+15 FLOP/s"
 
 
 @pytest.mark.slow
