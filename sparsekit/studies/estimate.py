@@ -10,8 +10,8 @@ from pathlib import Path
 from sparsekit.studies.plan import Plan
 from sparsekit.studies.stages import State
 
-# Of a GPU's peak, what training reaches: so much for each channel, up to a limit. Measured (benchmarks/RESULTS.md): 7% at
-# width 256, six runs sharing a GPU; 46% at 768; 50% at 1536.
+# Of a GPU's peak, what training reaches: so much for each channel, up to a limit. Measured (benchmarks/RESULTS.md): 7%
+# at width 256, six runs sharing a GPU; 46% at 768; 50% at 1536.
 GPU_SHARE, MOST_OF_GPU = 0.3 / 1024, 0.45
 CPU_SHARE = 0.5  # of what a product of matrices reaches
 
