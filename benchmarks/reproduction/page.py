@@ -83,9 +83,11 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
     for name, part in parts.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
+        places = [match.span() for match in pattern.finditer(text)]
+        if len(places) != 1:
             raise ValueError(f"the page has no one place {begin} … {end}")
-        text = pattern.sub(lambda _, told=f"{begin}\n{part}\n{end}": told, text)  # type: ignore[misc]
+        first, last = places[0]
+        text = f"{text[:first]}{begin}\n{part}\n{end}{text[last:]}"
     return text
 
 

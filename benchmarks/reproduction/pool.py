@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.reproduction.protocol import SPECS, overrides
 from sparsekit.files import write_json, written_whole
 from sparsekit.studies import stages, study, work
-from sparsekit.studies.conduct import PRELOAD, visible_devices, why_failed
+from sparsekit.studies.conduct import PRELOAD, enter, visible_devices, why_failed
 from sparsekit.studies.plan import Plan, PlannedRun, expand
 from sparsekit.studies.spec import STUDY, load_study
 
@@ -104,12 +104,6 @@ def conduct(plans: Mapping[str, Plan], jobs: int, until: float, seconds: dict[st
             if process.is_alive():
                 process.kill()
             seconds[name] += time.monotonic() - since
-
-
-def enter(job: work.Job) -> None:
-    """What a process of the pool runs."""
-    parent = multiprocessing.parent_process()
-    work.begin(job, parent.sentinel if parent is not None else None)
 
 
 def in_order(plans: Mapping[str, Plan]) -> list[tuple[str, PlannedRun]]:

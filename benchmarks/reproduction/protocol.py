@@ -77,8 +77,10 @@ QUESTIONS = {
 
 def question(name: str) -> str:
     """What a study asks here; what is shipped asks it of another text."""
-    told = "4.1 million tokens of documentation a run, none of them twice; the protocol is benchmarks/REPRODUCTION.md"
-    return f"{QUESTIONS[name]} {told}."
+    steps = STUDIES[name].get("axes.train.max_steps", [EVERY["base.train.max_steps"]])
+    millions = " or ".join(f"{n * BATCH / 1e6:.1f}" for n in steps)
+    told = f"{millions} million tokens of documentation a run, none of them twice"
+    return f"{QUESTIONS[name]} {told}; the protocol is benchmarks/REPRODUCTION.md."
 
 
 def overrides(name: str, text: Path) -> list[str]:

@@ -89,6 +89,20 @@ def factors_of(spec: StudySpec) -> tuple[Factor, ...]:
     return tuple(Factor(tuple(group)) for group in groups.values())
 
 
+def factor_at(factors: Sequence[Factor], name: str) -> int:
+    """The index of the factor of an axis, by its key or its short name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for index, factor in enumerate(factors):
+        if name == factor.name or any(name in (axis.key, axis.name) for axis in factor.axes):
+            return index
+    axes = [axis for factor in factors for axis in factor.axes]
+    names = [name for axis in axes for name in dict.fromkeys((axis.key, axis.name))]
+    raise KeyError(f"no axis {name!r}{did_you_mean(name, names)}; axes: {', '.join(axis.key for axis in axes)}")
+
+
 def _points(key: str, values: list[Any] | dict[str, dict[str, Any]]) -> tuple[Point, ...]:
     if isinstance(values, dict):
         return tuple(Point(name, name, paths) for name, paths in values.items())

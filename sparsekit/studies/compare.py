@@ -56,7 +56,7 @@ class Comparison:
     @property
     def direction(self) -> int:
         """1 or -1 where the interval lies on that side of zero, else 0."""
-        if self.low is None or self.high is None or self.alike:
+        if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 

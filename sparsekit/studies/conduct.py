@@ -98,7 +98,7 @@ def conduct(plan: Plan, runs: Sequence[PlannedRun], jobs: int, devices: Sequence
                 now = state(run, wanted)
                 device = devices[slot % len(devices)] if devices else ""
                 job = work.Job(run.folder, run.resolved, now.missing, device, threads, plan.study.spec.launch.nproc)
-                process = context.Process(target=_enter, args=(job,))
+                process = context.Process(target=enter, args=(job,))
                 process.start()
                 at_work[process.sentinel] = process, run, slot, time.monotonic()
             if not at_work:  # all that is left is with others
@@ -122,7 +122,8 @@ def conduct(plan: Plan, runs: Sequence[PlannedRun], jobs: int, devices: Sequence
     return outcome
 
 
-def _enter(job: work.Job) -> None:
+def enter(job: work.Job) -> None:
+    """What a run's process begins with."""
     parent = multiprocessing.parent_process()
     work.begin(job, parent.sentinel if parent is not None else None)
 

@@ -14,7 +14,7 @@ from sparsekit.errors import SpecError, did_you_mean
 from sparsekit.spec.load import validate
 from sparsekit.spec.run import RunSpec
 from sparsekit.studies import remembered
-from sparsekit.studies.axes import COLUMNS, Axis, Factor, factors_of
+from sparsekit.studies.axes import COLUMNS, Axis, Factor, factor_at, factors_of
 from sparsekit.studies.count import count
 from sparsekit.studies.spec import Study, StudySpec, label
 
@@ -89,16 +89,8 @@ class Plan:
         return [axis for factor in self.factors for axis in factor.axes]
 
     def factor(self, name: str) -> int:
-        """The index of the factor of an axis, by its key or its short name.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
-        for index, factor in enumerate(self.factors):
-            if name == factor.name or any(name in (axis.key, axis.name) for axis in factor.axes):
-                return index
-        names = [name for axis in self.axes for name in dict.fromkeys((axis.key, axis.name))]
-        raise KeyError(f"no axis {name!r}{did_you_mean(name, names)}; axes: {', '.join(a.key for a in self.axes)}")
+        """See :func:`sparsekit.studies.axes.factor_at`."""
+        return factor_at(self.factors, name)
 
 
 def expand(study: Study) -> Plan:
@@ -164,21 +156,20 @@ def _demand_known_axes(spec: StudySpec) -> None:
     for axis in (axis for factor in factors for axis in factor.axes):
         if any("train.seed" in point.paths for point in axis.points):
             problems.append(f'axes.{axis.key}: seeds are no axis; give them as "seeds": [0, 1, 2]')
-    known = Plan(None, {}, factors, (), {})  # type: ignore[arg-type]
     for number, claim in enumerate(spec.claims):
-        problems += _unknown(known, f"claims.{number}.axis", claim.axis, claim.order or [])
+        problems += _unknown(factors, f"claims.{number}.axis", claim.axis, claim.order or [])
         for name, value in claim.where.items():
-            problems += _unknown(known, f"claims.{number}.where", name, [label(value)])
+            problems += _unknown(factors, f"claims.{number}.where", name, [label(value)])
     for number, figure in enumerate(spec.figures):
         if figure.axis is not None:
-            problems += _unknown(known, f"figures.{number}.axis", figure.axis, [])
+            problems += _unknown(factors, f"figures.{number}.axis", figure.axis, [])
     if problems:
         raise SpecError(problems)
 
 
-def _unknown(plan: Plan, where: str, axis: str, values: Sequence[str]) -> Iterator[str]:
+def _unknown(factors: Sequence[Factor], where: str, axis: str, values: Sequence[str]) -> Iterator[str]:
     try:
-        labels = plan.factors[plan.factor(axis)].labels
+        labels = factors[factor_at(factors, axis)].labels
     except KeyError as error:
         yield f"{where}: {error.args[0]}"
         return
