@@ -12,7 +12,7 @@ Shapes: N points, P coefficients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from sparsekit.errors import DataError, SparsekitError
 from sparsekit.studies.stages import read_small, rows
 
 Array = NDArray[np.float64]
-TINY, HUGE = 1e-12, 1e12  # of coefficients that are positive
+TINY, HUGE = 1e-60, 1e60  # of coefficients that are positive: c is of the order of D^a or D^-a, in any unit
 STARTS = 6  # places from which the least squares are sought, the best of a grid
+CLOSEST = 12  # of the grid's places to a coefficient that is held, of which the best is tried too
 FINE = 1e-3  # of an interval's half, to which its ends are found
 
 
@@ -37,7 +38,7 @@ class Law:
         bounds: of each coefficient, by name, as the formula has it.
         value: (inside coefficients [P], D [N]) -> A [N].
         slope: the same -> [N, P], the derivative by each coefficient inside.
-        starts: (D, A) -> where the search may begin.
+        starts: (D, A, exponents a) -> where the search may begin, over a grid of a where none are told.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Law:
     bounds: Mapping[str, tuple[float, float]]
     value: Callable[[Array, Array], Array]
     slope: Callable[[Array, Array], Array]
-    starts: Callable[[Array, Array], list[Array]]
+    starts: Callable[[Array, Array, Sequence[float]], list[Array]]
 
     def inside(self, told: Mapping[str, float]) -> Array:
         """Coefficients as the search has them, from those of the formula."""
@@ -85,12 +86,11 @@ def _relu_slope(x: Array, D: Array) -> Array:
     return np.stack((-falling * power * np.log(D) * a, falling, -falling * power, np.ones_like(D)), axis=1)
 
 
-def _relu_starts(D: Array, A: Array) -> list[Array]:
+def _relu_starts(D: Array, A: Array, exponents: Sequence[float]) -> list[Array]:
     """A grid of (a, c), with exp(b) and A0, which are linear then; c D^a is of order 1 somewhere within the data."""
     starts = []
-    for a in np.geomspace(0.03, 5, 16):
-        for at_end in np.geomspace(0.05, 30, 12):
-            c = at_end / D.max() ** a
+    for a in exponents or np.geomspace(0.03, 9, 18).tolist():
+        for c in (size / D.max() ** a for size in np.geomspace(0.05, 30 * (D.max() / D.min()) ** a, 18)):
             amplitude, limit = _line(np.exp(-c * D**a), A)
             starts.append(np.array([math.log(a), math.log(max(amplitude, 1e-8)), math.log(c), limit]))
     return starts
@@ -106,9 +106,9 @@ def _silu_slope(x: Array, D: Array) -> Array:
     return np.stack((falling * np.log(D) * a, -falling, np.ones_like(D)), axis=1)
 
 
-def _silu_starts(D: Array, A: Array) -> list[Array]:
+def _silu_starts(D: Array, A: Array, exponents: Sequence[float]) -> list[Array]:
     starts = []
-    for a in np.geomspace(0.01, 8, 40):
+    for a in exponents or np.geomspace(0.01, 8, 40).tolist():
         slope, limit = _line(D**-a, A)
         starts.append(np.array([math.log(a), math.log(max(-slope, 1e-8)), limit]))
     return starts
@@ -219,14 +219,18 @@ def fit(law: Literal["relu", "silu"], D: ArrayLike, A: ArrayLike, level: float =
     D_N, A_N = _points(chosen, D, A)
     low, high = chosen.inside_bounds()
     starts = sorted(
-        (np.clip(start, low + 1e-6, high - 1e-6) for start in chosen.starts(D_N, A_N)),
+        (np.clip(start, low + 1e-6, high - 1e-6) for start in chosen.starts(D_N, A_N, ())),
         key=lambda x: float(((chosen.value(x, D_N) - A_N) ** 2).sum()),
     )
     best = min((_least(chosen, D_N, A_N, start) for start in starts[:STARTS]), key=lambda found: found[1])
     freedom = len(D_N) - len(chosen.coefficients)
-    profile = _Profile(chosen, D_N, A_N, best, level, freedom)
-    intervals = {name: profile.interval(i) for i, name in enumerate(chosen.coefficients)}
-    x, squares = profile.best
+    profile = _Profile(chosen, D_N, A_N, best, starts, level, freedom)
+    while True:
+        begun_at = profile.best[1]
+        intervals = {name: profile.interval(i) for i, name in enumerate(chosen.coefficients)}
+        x, squares = profile.best
+        if squares >= begun_at * (1 - 1e-6):  # else a profile came to a better minimum
+            break
     told = {name: chosen.told(i, float(x[i])) for i, name in enumerate(chosen.coefficients)}
     return Fit(chosen, told, intervals, math.sqrt(squares / freedom), len(D_N), level)
 
@@ -292,8 +296,10 @@ def _least(law: Law, D: Array, A: Array, start: Array, fixed: int | None = None)
 class _Profile:
     """The least sum of squares as a function of one coefficient, followed outwards from the minimum."""
 
-    def __init__(self, law: Law, D: Array, A: Array, best: tuple[Array, float], level: float, freedom: int):
-        self.law, self.D, self.A, self.best = law, D, A, best
+    def __init__(
+        self, law: Law, D: Array, A: Array, best: tuple[Array, float], starts: list[Array], level: float, freedom: int
+    ):
+        self.law, self.D, self.A, self.best, self.starts = law, D, A, best, starts
         stats: Any = _scipy("stats")
         self.share = 1 + float(stats.f.ppf(level, 1, freedom)) / freedom
         self.low, self.high = law.inside_bounds()
@@ -327,12 +333,25 @@ class _Profile:
 
     def _at(self, index: int, value: float, near: Array) -> tuple[Array, bool]:
         """The other coefficients at the least sum of squares with this one held, and whether that is bearable."""
-        start = near.copy()
-        start[index] = value
-        found = _least(self.law, self.D, self.A, start, index)
+        found = self._held(index, value, near)
+        if found[1] > self.best[1] * self.share:  # a minimum followed outwards need not stay the least one
+            if self.law.coefficients[index] == "a":
+                closest = self.law.starts(self.D, self.A, [math.exp(value)])
+            else:
+                closest = sorted(self.starts, key=lambda x: abs(float(x[index]) - value))[:CLOSEST]
+            again = self._held(index, value, min(closest, key=self._squares))
+            found = min(found, again, key=lambda one: one[1])
         if found[1] < self.best[1]:
             self.best = found
         return found[0], found[1] <= self.best[1] * self.share
+
+    def _held(self, index: int, value: float, start: Array) -> tuple[Array, float]:
+        start = start.copy()
+        start[index] = value
+        return _least(self.law, self.D, self.A, start, index)
+
+    def _squares(self, x: Array) -> float:
+        return float(((self.law.value(x, self.D) - self.A) ** 2).sum())
 
     def _error(self, index: int) -> float:
         """The linear approximation's standard error, by which the first step is sized."""

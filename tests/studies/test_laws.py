@@ -100,6 +100,28 @@ def test_an_intervals_ends_are_where_the_profile_says(law):
         assert held.fun / 1e6 == pytest.approx(bearable, rel=0.02)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_interval_holds_what_another_minimum_bears(seed):
+    """Of a fall that is over with the second point every steepness is as good, each in a minimum of its own."""
+    from scipy.stats import f
+
+    D = np.linspace(4e-4, 8e-3, 18)  # billions, a small run's
+    A = 0.02 + np.where(np.arange(18) == 0, 0.03, 0.0) + np.random.default_rng(seed).normal(0, 5e-3, 18)
+    found = fit_relu(D, A)
+    bearable = 14 * found.error**2 * (1 + f.ppf(0.95, 1, 14) / 14)
+    for a in (1.0, 2.0, 4.0, 6.0, 8.0, 9.9):
+        least = math.inf
+        for at_start in np.geomspace(1e-2, 30, 400):  # c D^a at the first point, b at most 40; A0 is linear
+            falling = np.exp(-at_start * ((D / D[0]) ** a - 1))
+            (amplitude, limit), *_ = np.linalg.lstsq(np.stack((falling, np.ones(18)), axis=1), A, rcond=None)
+            if amplitude > 0 and 0 <= limit <= 1:
+                least = min(least, float(((amplitude * falling + limit - A) ** 2).sum()))
+        if least <= bearable * 0.99:
+            low, high = found.intervals["a"]
+            assert low <= a <= high, (a, found.intervals)
+        assert least >= 14 * found.error**2 * (1 - 1e-6)  # no place of the grid is below the minimum
+
+
 @pytest.mark.parametrize(
     ("law", "size", "runs"), [("silu", "0.1B", 40), pytest.param("relu", "0.4B", 80, marks=pytest.mark.slow)]
 )
