@@ -3,6 +3,7 @@
     python -m benchmarks.reproduction prepare TRAIN.txt VALIDATION.txt TEXT   # a vocabulary of 32,768 and token shards
     python -m benchmarks.reproduction run TEXT OUT [--studies depth …] [--jobs 14] [--minutes 9]
     python -m benchmarks.reproduction write OUT                               # tables, verdicts, figures, HTML reports
+    python -m benchmarks.reproduction pieces TEXT PIECES [--length 128]       # a control: that text in shuffled pieces
 
 `run` takes the runs of all studies into one pool of processes that share the GPU, the first seed of every variant
 first. It goes on where it was stopped, and packs what is finished into OUT/<study>.tar.xz, without checkpoints; from
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.reproduction.page import FIGURES, PAGE, write
 from benchmarks.reproduction.pool import run
-from benchmarks.reproduction.protocol import STUDIES, prepare
+from benchmarks.reproduction.protocol import STUDIES, in_pieces, prepare
 from sparsekit.errors import SparsekitError
 
 
@@ -48,6 +49,12 @@ def main() -> None:
     third.add_argument("--page", type=Path, default=PAGE)
     third.add_argument("--figures", type=Path, default=FIGURES)
     third.set_defaults(do=write)
+    fourth = verbs.add_parser("pieces", help="a text's training tokens in pieces that are shuffled")
+    fourth.add_argument("text", type=Path)
+    fourth.add_argument("pieces", type=Path)
+    fourth.add_argument("--length", type=int, default=128, help="of a piece, in tokens")
+    fourth.add_argument("--seed", type=int, default=0)
+    fourth.set_defaults(do=in_pieces)
     given = vars(parser.parse_args())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is at work is stopped and packed
     try:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sparsekit.data.shards import read_manifest
+import numpy as np
+
+from sparsekit.data.shards import MANIFEST, ShardWriter, open_shards, read_manifest
+from sparsekit.files import write_json
 
 SPECS = Path(__file__).resolve().parents[2] / "specs" / "studies"
 
@@ -111,3 +115,26 @@ def prepare(train: Path, validation: Path, text: Path, tokens: int, vocabulary: 
     subprocess.run(command, check=True)
     size = sum(path.stat().st_size for path in text.iterdir())
     print(f"{text}: {size / 2**20:.0f} MiB in {time.perf_counter() - began:.0f} s")
+
+
+def in_pieces(text: Path, pieces: Path, length: int, seed: int) -> None:
+    """The training text again, cut into pieces of so many tokens that are shuffled; validation as it is.
+
+    Not of the protocol: it tells what longer sequences do from what fewer documents in a batch do, as a batch of long
+    sequences of this text is as varied as one of short ones.
+    """
+    shutil.copytree(text, pieces, ignore=shutil.ignore_patterns("train-*", MANIFEST))
+    manifest = read_manifest(text)
+    whole = open_shards(text, "train")
+    stream = np.concatenate([shard.tokens for shard in whole.shards])
+    cut = stream[: len(stream) // length * length].reshape(-1, length)
+    stream = np.random.default_rng(seed).permutation(cut).ravel()
+    writer = ShardWriter(pieces, "train", "npy", stream.dtype, manifest["eos_id"], len(stream) + 1)
+    bytes_a_token = manifest["splits"]["train"]["n_bytes"] / manifest["splits"]["train"]["n_tokens"]
+    for document in np.split(stream, np.flatnonzero(stream == manifest["eos_id"]) + 1):
+        if len(document) > 1:  # what is left of it in front of an end of text, which the writer sets
+            ids = document[: -1 if document[-1] == manifest["eos_id"] else None]
+            writer.add(ids.tobytes(), round(len(document) * bytes_a_token))
+    writer.close()
+    manifest["splits"]["train"] = writer.totals()
+    write_json(pieces / MANIFEST, manifest)
