@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -21,8 +21,9 @@ from sparsekit.components.contracts import (
     active_parameters,
     below,
     flops_per_token,
-    wide,
 )
+from sparsekit.components.fused_experts import fused, weights_of
+from sparsekit.components.sorted_rows import SortedRows, combine, rows_of_tokens, sort_rows, spread
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
@@ -85,10 +86,12 @@ class Mixture(FeedForward):
     def _grouped(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
         """Sorted by expert, the tokens of one expert are consecutive rows, and all experts run at once."""
         order_M, token_M = rows.order_M, rows.token_M
+        weights = weights_of(self.experts, x_ND) if routing.token_M is None and routing.complete else None
+        if weights is not None:
+            return fused(x_ND, routing.weight_M.view(-1, rows.slots), weights, rows)
         inside = self._inside(context, ExpertGroups(rows.offsets_E, complete=routing.complete), token_M)
         if routing.token_M is None:
-            back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=x_ND.device))
-            back_NS = back_M.view(-1, rows.slots)
+            back_NS = rows_of_tokens(rows)
             y_MD = self._of_experts(spread(x_ND, token_M, back_NS), inside, routing, rows)
             return combine(y_MD, routing.weight_M.view_as(back_NS), rows, back_NS)
         y_MD = self._of_experts(x_ND[token_M], inside, routing, rows)
@@ -206,93 +209,6 @@ class MoE(Mixture):
         shared = 0.0 if self.shared_expert is None else flops_per_token(self.shared_expert, seq_len)
         routed = self.router.experts_per_token * flops_per_token(self.one_expert, seq_len)
         return flops_per_token(self.router, seq_len) + shared + routed
-
-
-class SortedRows(NamedTuple):
-    """The assignments of a routing in the order of their experts, M rows.
-
-    Attributes:
-        order_M: which assignment each row is; those of no expert come last.
-        token_M: the token of each row.
-        offsets_E: int32, the end of each expert's rows.
-        slots: assignments a token, where every token has equally many.
-    """
-
-    order_M: Tensor
-    token_M: Tensor
-    offsets_E: Tensor
-    slots: int
-
-
-def sort_rows(routing: Routing, n_tokens: int, n_experts: int) -> SortedRows:
-    """The assignments sorted by expert, those of one expert in the order in which they came."""
-    narrow = torch.int16 if n_experts < 2**15 else torch.int32  # a radix sort takes as long as its keys are wide
-    expert_M, order_M = routing.expert_M.to(narrow).sort(stable=True)
-    experts = torch.arange(n_experts, device=expert_M.device, dtype=narrow)
-    offsets_E = torch.searchsorted(expert_M, experts, right=True).to(torch.int32)
-    slots = max(order_M.shape[0] // max(n_tokens, 1), 1)
-    token_M = order_M // slots if routing.token_M is None else routing.token_M[order_M]
-    return SortedRows(order_M, token_M, offsets_E, slots)
-
-
-# Where every token has equally many assignments, the two below are gathers forward and backward, which add up in a
-# fixed order; torch's own gradients of indexing add atomically, which is slower and never twice the same.
-
-
-def spread(x_ND: Tensor, token_M: Tensor, back_NS: Tensor) -> Tensor:
-    """x[token_M]: the tokens as rows, of which ``back_NS`` are those of each token."""
-    x_MD: Tensor = _Spread.apply(x_ND, token_M, back_NS)  # type: ignore[no-untyped-call]
-    return x_MD
-
-
-def combine(y_MD: Tensor, weight_NS: Tensor, rows: SortedRows, back_NS: Tensor) -> Tensor:
-    """For each token the sum of its rows, weighted; [N, D] in the wider dtype of rows and weights."""
-    y_ND: Tensor = _Combine.apply(y_MD, weight_NS, rows.token_M, rows.order_M, back_NS)  # type: ignore[no-untyped-call]
-    return y_ND
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(x_ND: Tensor, token_M: Tensor, back_NS: Tensor) -> Tensor:
-        return x_ND[token_M]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, dx_MD: Tensor) -> tuple[Tensor, None, None]:
-        (back_NS,) = ctx.saved_tensors
-        return _summed(dx_MD, None, back_NS).to(dx_MD.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(y_MD: Tensor, weight_NS: Tensor, token_M: Tensor, order_M: Tensor, back_NS: Tensor) -> Tensor:
-        y_ND, dtype = _summed(y_MD, weight_NS, back_NS), torch.promote_types(y_MD.dtype, weight_NS.dtype)
-        # compiled by torch 2.11, a function that ends in a cast to the type it has has no gradient
-        return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y_MD, weight_NS, token_M, order_M, back_NS = ctx.saved_tensors
-        dy_MD = dy_ND[token_M]  # both in the order of rows, so that one compiled pass makes them
-        dweight_M = (dy_MD * y_MD).sum(-1, dtype=weight_NS.dtype)
-        weight_M = weight_NS.flatten()[order_M]
-        return (dy_MD * weight_M[:, None]).to(y_MD.dtype), dweight_M[back_NS], None, None, None
-
-
-def _summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor) -> Tensor:
-    """sum over s of weight[n, s] x[back[n, s]], in float32 or wider, term by term: compiled, one pass."""
-    total = torch.zeros((), dtype=wide(x_MD.dtype), device=x_MD.device)
-    for slot, back_N in enumerate(back_NS.unbind(1)):
-        term_ND = x_MD[back_N].to(total.dtype)
-        total = total + (term_ND if weight_NS is None else term_ND * weight_NS[:, slot, None])
-    return total
 
 
 def demand_token_wise(expert: Choice) -> None:

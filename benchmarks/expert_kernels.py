@@ -1,0 +1,167 @@
+"""The fused products of experts, plan by plan, beside torch's grouped_mm: teraFLOPs a second on a GPU.
+
+python benchmarks/expert_kernels.py [--shapes 8x2 32x4 64x8] [--jobs 12] [--out FILE]
+
+Balanced random routing of 32,768 tokens, bfloat16. grouped_mm gets its rows gathered already and computes the products
+alone; the fused ones gather, and compute silu(g) u and its gradient besides. Each product is held against grouped_mm's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moe import SHAPES  # beside this file
+from torch import Tensor
+
+from sparsekit.components import expert_kernels as kernels
+from sparsekit.components.expert_kernels import Plan
+
+PLANS = {
+    "up": [Plan(128, 64, 64, 4, 3), Plan(128, 64, 64, 4, 4), Plan(128, 128, 64, 8, 3), Plan(128, 128, 64, 8, 4),
+           Plan(128, 64, 64, 8, 4), Plan(256, 64, 64, 8, 3), Plan(64, 128, 64, 4, 3)],
+    "down": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
+             Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3)],
+    "down_back": [Plan(128, 64, 64, 4, 3), Plan(128, 64, 64, 8, 3), Plan(256, 64, 64, 8, 3), Plan(256, 64, 64, 8, 4),
+                  Plan(128, 128, 64, 8, 3), Plan(128, 128, 64, 16, 3), Plan(64, 128, 64, 8, 3)],
+    "up_back": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
+                Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3)],
+    "outer": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
+              Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3), Plan(64, 256, 64, 4, 3), Plan(64, 128, 64, 4, 4)],
+}  # fmt: skip
+PLANS["outer_of_gathered"] = PLANS["outer"]
+
+
+class Case:
+    """Rows of a shape, its weights, and what the products are given."""
+
+    def __init__(self, shape: str, device: torch.device, n_tokens: int | None = None):
+        d_model, n_experts, k, d_ff, n = SHAPES[shape]
+        n = n_tokens or n
+        torch.manual_seed(0)
+        expert_M = torch.rand(n, n_experts, device=device).topk(k).indices.flatten()
+        expert_M, order_M = expert_M.sort(stable=True)
+        self.token_M = order_M // k
+        experts = torch.arange(n_experts, device=device)
+        self.offsets_E = torch.searchsorted(expert_M, experts, right=True).to(torch.int32)
+        self.weight_M = torch.rand(n * k, device=device)
+
+        def drawn(*sides: int) -> Tensor:
+            return (torch.randn(*sides, device=device) * sides[-1] ** -0.5).bfloat16()
+
+        self.x_ND, self.dy_ND = drawn(n, d_model) * d_model**0.5, drawn(n, d_model) * d_model**0.5
+        self.gate_EFD, self.up_EFD = drawn(n_experts, d_ff, d_model), drawn(n_experts, d_ff, d_model)
+        self.down_EDF = drawn(n_experts, d_model, d_ff)
+        self.x_MD, self.dy_MD = self.x_ND[self.token_M], self.dy_ND[self.token_M]
+        self.g_MF, self.u_MF = (self.grouped(self.x_MD, w) for w in (self.gate_EFD, self.up_EFD))
+        self.h_MF = (F.silu(self.g_MF.float()) * self.u_MF * self.weight_M[:, None]).bfloat16()
+        self.flops = 2.0 * n * k * d_model * d_ff
+
+    def grouped(self, a_MK: Tensor, weight_EOK: Tensor) -> Tensor:
+        return F.grouped_mm(a_MK, weight_EOK.transpose(-2, -1), offs=self.offsets_E)
+
+    def products(self) -> Iterator[tuple[str, float, Callable[[Plan], Any], Callable[[], Any]]]:
+        """(name, FLOPs, fused by a plan, by grouped_mm)."""
+        c = self
+        rows = c.token_M, c.weight_M, c.offsets_E
+        yield (
+            "up", 2 * c.flops, lambda plan: kernels.up(c.x_ND, *rows, c.gate_EFD, c.up_EFD, plan)[:2],
+            lambda: (c.grouped(c.x_MD, c.gate_EFD), c.grouped(c.x_MD, c.up_EFD)),
+        )  # fmt: skip
+        yield (
+            "down", c.flops, lambda plan: (kernels.down(c.h_MF, c.offsets_E, c.down_EDF, plan),),
+            lambda: (c.grouped(c.h_MF, c.down_EDF),),
+        )  # fmt: skip
+        yield (
+            "down_back", c.flops,
+            lambda plan: kernels.down_back(c.dy_ND, *rows, c.down_EDF, c.g_MF, c.u_MF, plan)[1:2],
+            lambda: (F.grouped_mm(c.dy_MD, c.down_EDF, offs=c.offsets_E),),
+        )  # fmt: skip
+        yield (
+            "up_back", 2 * c.flops,
+            lambda plan: (kernels.up_back(c.g_MF, c.u_MF, c.offsets_E, c.gate_EFD, c.up_EFD, plan),),
+            lambda: (F.grouped_mm(c.g_MF, c.gate_EFD, offs=c.offsets_E)
+                     + F.grouped_mm(c.u_MF, c.up_EFD, offs=c.offsets_E),),
+        )  # fmt: skip
+        yield (
+            "outer", c.flops, lambda plan: (kernels.outer(c.g_MF, c.x_ND, c.offsets_E, c.token_M, False, True, plan),),
+            lambda: (F.grouped_mm(c.g_MF.T, c.x_MD, offs=c.offsets_E),),
+        )  # fmt: skip
+        yield (
+            "outer_of_gathered", c.flops,
+            lambda plan: (kernels.outer(c.dy_ND, c.h_MF, c.offsets_E, c.token_M, True, False, plan),),
+            lambda: (F.grouped_mm(c.dy_MD.T, c.h_MF, offs=c.offsets_E),),
+        )  # fmt: skip
+
+    def expected(self, name: str, grouped: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the fused product gives besides, from the product alone."""
+        if name != "down_back":
+            return grouped
+        dh = grouped[0].float() * self.weight_M[:, None]
+        return (dh * F.silu(self.g_MF.float()),)
+
+
+def milliseconds(run: Callable[[], Any], steps: int) -> float:
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(steps):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / steps
+
+
+def compiled(job: tuple[str, str, int]) -> None:
+    """Leaves a kernel in Triton's cache."""
+    shape, wanted, index = job
+    case = Case(shape, torch.device("cuda"), 1024)
+    for name, _, fused, _ in case.products():
+        if name == wanted:
+            try:
+                fused(PLANS[name][index])
+            except Exception as error:
+                print(f"{shape} {name} {tuple(PLANS[name][index])}: {type(error).__name__} {str(error)[:80]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["32x4", "64x8", "8x2"])
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    jobs = [(shape, name, i) for shape in options.shapes for name, plans in PLANS.items() for i in range(len(plans))]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        pool.map(compiled, jobs, chunksize=4)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    found: dict[str, Any] = {}
+    for shape in options.shapes:
+        case = Case(shape, torch.device("cuda"))
+        for name, flops, fused, grouped in case.products():
+            told = [f"grouped_mm {flops / milliseconds(grouped, options.steps) / 1e9:4.0f}"]
+            wanted = case.expected(name, grouped())
+            for plan in PLANS[name]:
+                try:
+                    rate = flops / milliseconds(lambda f=fused, p=plan: f(p), options.steps) / 1e9
+                    pairs = zip(fused(plan), wanted, strict=True)
+                    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+                    wrong = "" if error < 1e-2 else f" WRONG {error:.1e}"
+                except Exception as problem:  # more shared memory than there is
+                    rate, wrong = 0.0, f" {type(problem).__name__}"
+                told.append(f"{tuple(plan)} {rate:4.0f}{wrong}")
+                found[f"{shape} {name} {tuple(plan)}"] = rate
+            print(f"{shape:5}{name:18}{'; '.join(told)}", flush=True)
+        del case
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

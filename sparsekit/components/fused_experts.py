@@ -1,0 +1,115 @@
+"""A mixture of SwiGLU experts as five fused products, for training in 16 bits on a GPU.
+
+Between sorted rows and experts nothing is laid out anew: tokens are gathered while a product reads them, silu(g) u and
+its gradient are computed where a product ends, and a row's weight is multiplied into its neurons, since
+w W_down h = W_down (w h). So neither gathered tokens nor the experts' outputs are kept for backward, and the weight's
+gradient, dw = h . (W_down^T dy), takes no pass of its own.
+
+Source: Tan et al. 2024, arXiv 2403.08245 (gathers inside grouped products)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.components.contracts import compute_dtype
+from sparsekit.components.feedforward import SwiGLU
+from sparsekit.components.kernels import constant
+from sparsekit.components.linears import PlainLinear
+from sparsekit.components.sorted_rows import SortedRows, rows_of_tokens, summed
+
+HALF = (torch.bfloat16, torch.float16)
+STEP = 64  # both widths are multiples of it
+SHARED_MEMORY = 160 * 1024  # bytes of a processor that a program may take; what consumers' devices have is less
+
+
+def weights_of(experts: nn.Module, x_ND: Tensor) -> list[Tensor] | None:
+    """(gate, up, down) of experts that this module can compute as they are, in the type that it computes in.
+
+    None where they are another feed-forward, anything listens to their parts or stands in for them (hooks, other
+    forwards, weights that are spread over processes), or device or type are not what the kernels are for.
+    """
+    if not (x_ND.is_cuda and _able(x_ND.device.index or 0)) or type(experts) is not SwiGLU:
+        return None
+    linears = [cast(PlainLinear, experts.gate), cast(PlainLinear, experts.up), cast(PlainLinear, experts.down)]
+    plain = all(type(one).forward is PlainLinear.forward and one.bias is None for one in linears)
+    if not plain or any(_listened_to(module) for module in (experts, *linears, experts.activation)):
+        return None
+    dtype = compute_dtype(x_ND.device, x_ND.dtype)
+    weights = [linear.effective_weight() for linear in linears]
+    if dtype not in HALF or any(type(one) not in (Tensor, nn.Parameter) or one.ndim != 3 for one in weights):
+        return None
+    if any(side % STEP for side in weights[0].shape[1:]):
+        return None
+    return [weight.to(dtype) for weight in weights]
+
+
+def _listened_to(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) or "forward" in vars(module)
+
+
+@constant
+def _able(device: int) -> bool:
+    return _able_once(device)
+
+
+@functools.cache
+def _able_once(device: int) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < SHARED_MEMORY:
+        return False
+    importlib.import_module("sparsekit.components.expert_kernels")  # makes the operators known
+    return True
+
+
+def fused(x_ND: Tensor, weight_NS: Tensor, weights: list[Tensor], rows: SortedRows) -> Tensor:
+    """For each token the weighted sum of its S experts' outputs, [N, D], in the wider type of tokens and weights.
+
+    Args:
+        weight_NS: of each token's assignments.
+        weights: gate and up [E, F, D], down [E, D, F].
+    """
+    x = x_ND.to(weights[0].dtype).contiguous()
+    arguments = (weight_NS, *(weight.contiguous() for weight in weights), *rows[:3], rows_of_tokens(rows))
+    y_ND: Tensor = _Fused.apply(x, *arguments)  # type: ignore[no-untyped-call]
+    return y_ND
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_NS: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor,
+        order_M: Tensor, token_M: Tensor, offsets_E: Tensor, back_NS: Tensor,
+    ) -> Tensor:  # fmt: skip
+        weight_M = weight_NS.flatten()[order_M]
+        g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
+        y_ND = summed(torch.ops.sparsekit.experts_down(h_MF, offsets_E, down_EDF), None, back_NS)
+        ctx.save_for_backward(x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF)
+        dtype = torch.promote_types(x_ND.dtype, weight_NS.dtype)
+        return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
+        (x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF) = ctx.saved_tensors
+        dy_ND = dy_ND.to(x_ND.dtype).contiguous()
+        dg_MF, du_MF, dweight_WM = torch.ops.sparsekit.experts_down_back(
+            dy_ND, token_M, weight_M, offsets_E, down_EDF, g_MF, u_MF
+        )
+        ddown_EDF = torch.ops.sparsekit.experts_outer(dy_ND, h_MF, offsets_E, token_M, True, False)
+        dgate_EFD = torch.ops.sparsekit.experts_outer(dg_MF, x_ND, offsets_E, token_M, False, True)
+        dup_EFD = torch.ops.sparsekit.experts_outer(du_MF, x_ND, offsets_E, token_M, False, True)
+        dx_ND = summed(
+            torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD), None, back_NS
+        ).to(x_ND.dtype)
+        dweight_NS = dweight_WM.sum(0)[back_NS].to(weight_M.dtype)
+        return dx_ND, dweight_NS, dgate_EFD, dup_EFD, ddown_EDF, None, None, None, None
