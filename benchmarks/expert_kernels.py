@@ -1,4 +1,4 @@
-"""The fused products of experts, plan by plan, beside torch's grouped_mm: teraFLOPs a second on a GPU.
+"""The fused products of experts, plan by plan, beside torch's grouped_mm: teraFLOPs a second on a GPU; and its passes.
 
 python benchmarks/expert_kernels.py [--shapes 8x2 32x4 64x8] [--jobs 12] [--out FILE]
 
@@ -25,17 +25,10 @@ from sparsekit.components.expert_kernels import Plan
 
 PLANS = {
     "up": [Plan(128, 64, 64, 4, 3), Plan(128, 64, 64, 4, 4), Plan(128, 128, 64, 8, 3), Plan(128, 128, 64, 8, 4),
-           Plan(128, 64, 64, 8, 4), Plan(256, 64, 64, 8, 3), Plan(64, 128, 64, 4, 3)],
-    "down": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
-             Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3)],
-    "down_back": [Plan(128, 64, 64, 4, 3), Plan(128, 64, 64, 8, 3), Plan(256, 64, 64, 8, 3), Plan(256, 64, 64, 8, 4),
-                  Plan(128, 128, 64, 8, 3), Plan(128, 128, 64, 16, 3), Plan(64, 128, 64, 8, 3)],
-    "up_back": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
-                Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3)],
-    "outer": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
-              Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3), Plan(64, 256, 64, 4, 3), Plan(64, 128, 64, 4, 4)],
+           Plan(128, 64, 64, 8, 4), Plan(256, 64, 64, 8, 3)],
+    "up_back": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3), Plan(128, 256, 64, 8, 4),
+                Plan(256, 128, 64, 8, 3)],
 }  # fmt: skip
-PLANS["outer_of_gathered"] = PLANS["outer"]
 
 
 class Case:
@@ -75,36 +68,18 @@ class Case:
             lambda: (c.grouped(c.x_MD, c.gate_EFD), c.grouped(c.x_MD, c.up_EFD)),
         )  # fmt: skip
         yield (
-            "down", c.flops, lambda plan: (kernels.down(c.h_MF, c.offsets_E, c.down_EDF, plan),),
-            lambda: (c.grouped(c.h_MF, c.down_EDF),),
-        )  # fmt: skip
-        yield (
-            "down_back", c.flops,
-            lambda plan: kernels.down_back(c.dy_ND, *rows, c.down_EDF, c.g_MF, c.u_MF, plan)[1:2],
-            lambda: (F.grouped_mm(c.dy_MD, c.down_EDF, offs=c.offsets_E),),
-        )  # fmt: skip
-        yield (
             "up_back", 2 * c.flops,
             lambda plan: (kernels.up_back(c.g_MF, c.u_MF, c.offsets_E, c.gate_EFD, c.up_EFD, plan),),
             lambda: (F.grouped_mm(c.g_MF, c.gate_EFD, offs=c.offsets_E)
                      + F.grouped_mm(c.u_MF, c.up_EFD, offs=c.offsets_E),),
         )  # fmt: skip
-        yield (
-            "outer", c.flops, lambda plan: (kernels.outer(c.g_MF, c.x_ND, c.offsets_E, c.token_M, False, True, plan),),
-            lambda: (F.grouped_mm(c.g_MF.T, c.x_MD, offs=c.offsets_E),),
-        )  # fmt: skip
-        yield (
-            "outer_of_gathered", c.flops,
-            lambda plan: (kernels.outer(c.dy_ND, c.h_MF, c.offsets_E, c.token_M, True, False, plan),),
-            lambda: (F.grouped_mm(c.dy_MD.T, c.h_MF, offs=c.offsets_E),),
-        )  # fmt: skip
 
-    def expected(self, name: str, grouped: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the fused product gives besides, from the product alone."""
-        if name != "down_back":
-            return grouped
-        dh = grouped[0].float() * self.weight_M[:, None]
-        return (dh * F.silu(self.g_MF.float()),)
+    def passes(self) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+        """(name, bytes, run)."""
+        c = self
+        yield "gather", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: kernels.gather(c.x_ND, c.token_M)
+        yield "gather, torch", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: c.x_ND[c.token_M]
+        yield "act_back", 10.0 * c.h_MF.numel(), lambda: kernels.act_back(c.h_MF, c.weight_M, c.g_MF, c.u_MF)
 
 
 def milliseconds(run: Callable[[], Any], steps: int) -> float:
@@ -146,7 +121,7 @@ def main() -> None:
         case = Case(shape, torch.device("cuda"))
         for name, flops, fused, grouped in case.products():
             told = [f"grouped_mm {flops / milliseconds(grouped, options.steps) / 1e9:4.0f}"]
-            wanted = case.expected(name, grouped())
+            wanted = grouped()
             for plan in PLANS[name]:
                 try:
                     rate = flops / milliseconds(lambda f=fused, p=plan: f(p), options.steps) / 1e9
@@ -158,6 +133,8 @@ def main() -> None:
                 told.append(f"{tuple(plan)} {rate:4.0f}{wrong}")
                 found[f"{shape} {name} {tuple(plan)}"] = rate
             print(f"{shape:5}{name:18}{'; '.join(told)}", flush=True)
+        for name, n_bytes, run in case.passes():
+            print(f"{shape:5}{name:18}{n_bytes / milliseconds(run, options.steps) / 1e9:.2f} TB/s", flush=True)
         del case
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))

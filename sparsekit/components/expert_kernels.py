@@ -1,13 +1,13 @@
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 # mypy: disallow-untyped-decorators=false, disallow-untyped-calls=false
-"""Products of gated experts with their gathers and elementwise parts inside, in Triton; see `fused_experts`.
+"""What experts compute beside plain grouped products, in Triton; see :mod:`sparsekit.components.fused_experts`.
 
 Rows are assignments in the order of their experts, M of them, of which ``offsets_E`` tells each expert's end. A program
-takes a tile of one expert's rows; which one, it finds out from the offsets, so that nothing waits for the host: grids
-are as large as any offsets may need, and programs past the last tile end at once. Sums are taken in one order, in
-float32, so that a result is the same every time.
+of a product takes a tile of one expert's rows; which one, it finds out from the offsets, so that nothing waits for the
+host: grids are as large as any offsets may need, and programs past the last tile end at once. Sums are taken in one
+order, in float32, so that a result is the same every time.
 
-E: experts, M: rows, N: tokens, D: d_model, F: d_ff, W: tiles across F.
+E: experts, M: rows, N: tokens, D: d_model, F: d_ff.
 """
 
 from __future__ import annotations
@@ -38,19 +38,23 @@ class Plan(NamedTuple):
     stages: int = 3
 
 
-UP = Plan(128, 64, 64, 4, 3)
-DOWN = Plan(128, 128, 64, 4, 3)
-DOWN_BACK = Plan(128, 128, 64, 4, 3)
-UP_BACK = Plan(128, 128, 64, 4, 3)
-OUTER = Plan(128, 128, 64, 4, 3)
+# Measured at the shapes of benchmarks/moe.py (H200, bfloat16): benchmarks/expert_kernels.py.
+WIDE_UP, UP = Plan(128, 128, 64, 8, 4), Plan(128, 64, 64, 4, 3)
+UP_BACK = Plan(128, 256, 64, 8, 4)
+ENTRIES = 4096  # that a program of an elementwise pass takes
+
+
+def up_plan(d_ff: int) -> Plan:
+    return UP if d_ff % WIDE_UP.width else WIDE_UP
 
 
 def up(
     x_ND: Tensor, token_M: Tensor, weight_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
-    plan: Plan = UP,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(g, u, w silu(g) u), each [M, F], where g = W_gate x and u = W_up x of each row's token."""
+    """(g, u, w silu(g) u), each [M, F], where g = W_gate x and u = W_up x of each row's token, gathered here."""
     n_experts, d_ff, d_model = gate_EFD.shape
+    plan = plan or up_plan(d_ff)
     found = tuple(x_ND.new_empty(token_M.shape[0], d_ff) for _ in range(3))
     _traced(_up)[_grid(token_M, n_experts, d_ff, plan)](
         x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD, *found, n_experts, d_model, d_ff,
@@ -59,57 +63,41 @@ def up(
     return found[0], found[1], found[2]
 
 
-def down(h_MF: Tensor, offsets_E: Tensor, down_EDF: Tensor, plan: Plan = DOWN) -> Tensor:
-    """W_down h of each row, [M, D]."""
-    n_experts, d_model, d_ff = down_EDF.shape
-    y_MD = h_MF.new_empty(h_MF.shape[0], d_model)
-    _traced(_rows)[_grid(h_MF, n_experts, d_model, plan)](
-        h_MF, down_EDF, h_MF, down_EDF, offsets_E, y_MD, n_experts, d_ff, d_model, TWO=False, BY_COLUMN=True,
-        **_shape(n_experts, plan),
-    )  # fmt: skip
-    return y_MD
-
-
-def down_back(
-    dy_ND: Tensor, token_M: Tensor, weight_M: Tensor, offsets_E: Tensor, down_EDF: Tensor, g_MF: Tensor, u_MF: Tensor,
-    plan: Plan = DOWN_BACK,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of g and u, [M, F], and of the rows' weights in summands, [W, M], float32."""
-    n_experts, d_model, d_ff = down_EDF.shape
-    dg_MF, du_MF = torch.empty_like(g_MF), torch.empty_like(u_MF)
-    dweight_WM = weight_M.new_empty(triton.cdiv(d_ff, plan.width), token_M.shape[0], dtype=torch.float32)
-    _traced(_down_back)[_grid(token_M, n_experts, d_ff, plan)](
-        dy_ND, token_M, weight_M, offsets_E, down_EDF, g_MF, u_MF, dg_MF, du_MF, dweight_WM, token_M.shape[0],
-        n_experts, d_model, d_ff, **_shape(n_experts, plan),
-    )  # fmt: skip
-    return dg_MF, du_MF, dweight_WM
-
-
 def up_back(
     dg_MF: Tensor, du_MF: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, plan: Plan = UP_BACK
 ) -> Tensor:
-    """W_gate^T dg + W_up^T du of each row, [M, D]."""
+    """W_gate^T dg + W_up^T du of each row, [M, D], as one sum."""
     n_experts, d_ff, d_model = gate_EFD.shape
     dx_MD = dg_MF.new_empty(dg_MF.shape[0], d_model)
-    _traced(_rows)[_grid(dg_MF, n_experts, d_model, plan)](
-        dg_MF, gate_EFD, du_MF, up_EFD, offsets_E, dx_MD, n_experts, d_ff, d_model, TWO=True, BY_COLUMN=False,
-        **_shape(n_experts, plan),
-    )  # fmt: skip
+    _traced(_up_back)[_grid(dg_MF, n_experts, d_model, plan)](
+        dg_MF, du_MF, gate_EFD, up_EFD, offsets_E, dx_MD, n_experts, d_ff, d_model, **_shape(n_experts, plan)
+    )
     return dx_MD
 
 
-def outer(
-    a: Tensor, b: Tensor, offsets_E: Tensor, token_M: Tensor, gather_a: bool, gather_b: bool, plan: Plan = OUTER
-) -> Tensor:
-    """sum over the rows m of each expert of a[m] b[m]^T, [E, A, B]; those of what is gathered are a[token[m]]."""
-    n_experts, (d_a, d_b) = offsets_E.shape[0], (a.shape[1], b.shape[1])
-    found = a.new_empty(n_experts, d_a, d_b)
-    grid = (n_experts * triton.cdiv(d_a, plan.rows) * triton.cdiv(d_b, plan.width),)
-    _traced(_outer)[grid](
-        a, b, token_M, offsets_E, found, d_a, d_b, GATHER_A=gather_a, GATHER_B=gather_b, ROWS=plan.rows,
-        WIDTH=plan.width, DEPTH=plan.depth, num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
-    return found
+def act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of g and u, [M, F], and of the rows' weights, [M] in float32, from that of h = w silu(g) u."""
+    dg_MF, du_MF = torch.empty_like(g_MF), torch.empty_like(u_MF)
+    n_rows, d_ff = g_MF.shape
+    dweight_M = weight_M.new_empty(n_rows, dtype=torch.float32)
+    width = min(triton.next_power_of_2(d_ff), ENTRIES)
+    rows = ENTRIES // width
+    _traced(_act_back)[(triton.cdiv(n_rows, rows),)](
+        dh_MF, weight_M, g_MF, u_MF, dg_MF, du_MF, dweight_M, n_rows, d_ff, ROWS=rows, WIDTH=width, num_warps=8
+    )
+    return dg_MF, du_MF, dweight_M
+
+
+def gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
+    """x[token], [M, D]."""
+    (n_rows,), d_model = token_M.shape, x_ND.shape[1]
+    x_MD = x_ND.new_empty(n_rows, d_model)
+    width = min(triton.next_power_of_2(d_model), ENTRIES)
+    rows = ENTRIES // width
+    _traced(_gather)[(triton.cdiv(n_rows, rows),)](
+        x_ND, token_M, x_MD, n_rows, d_model, ROWS=rows, WIDTH=width, num_warps=4
+    )
+    return x_MD
 
 
 def _traced(kernel):
@@ -138,30 +126,22 @@ def experts_up(
     return up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
 
 
-@torch.library.triton_op("sparsekit::experts_down", mutates_args=())
-def experts_down(h_MF: Tensor, offsets_E: Tensor, down_EDF: Tensor) -> Tensor:
-    """W_down h of each row, [M, D]."""
-    return down(h_MF, offsets_E, down_EDF)
-
-
-@torch.library.triton_op("sparsekit::experts_down_back", mutates_args=())
-def experts_down_back(
-    dy_ND: Tensor, token_M: Tensor, weight_M: Tensor, offsets_E: Tensor, down_EDF: Tensor, g_MF: Tensor, u_MF: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of g and u, [M, F], and of the rows' weights, [W, M], to be summed."""
-    return down_back(dy_ND, token_M, weight_M, offsets_E, down_EDF, g_MF, u_MF)
-
-
 @torch.library.triton_op("sparsekit::experts_up_back", mutates_args=())
 def experts_up_back(dg_MF: Tensor, du_MF: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor) -> Tensor:
     """W_gate^T dg + W_up^T du of each row, [M, D]."""
     return up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
 
 
-@torch.library.triton_op("sparsekit::experts_outer", mutates_args=())
-def experts_outer(a: Tensor, b: Tensor, offsets_E: Tensor, token_M: Tensor, gather_a: bool, gather_b: bool) -> Tensor:
-    """sum over each expert's rows of a b^T, [E, A, B]; what is gathered has a row a token."""
-    return outer(a, b, offsets_E, token_M, gather_a, gather_b)
+@torch.library.triton_op("sparsekit::experts_act_back", mutates_args=())
+def experts_act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of g and u, [M, F], and of the rows' weights, [M], from that of h."""
+    return act_back(dh_MF, weight_M, g_MF, u_MF)
+
+
+@torch.library.triton_op("sparsekit::experts_gather", mutates_args=())
+def experts_gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
+    """x[token], [M, D]."""
+    return gather(x_ND, token_M)
 
 
 # ---- the kernels ----
@@ -221,113 +201,72 @@ def _up(
 
 
 @triton.jit
-def _down_back(
-    dy_ptr, token_ptr, weight_ptr, offsets_ptr, down_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dweight_ptr, n_rows, n_experts,
-    D: tl.constexpr, F: tl.constexpr,
+def _up_back(
+    dg_ptr, du_ptr, gate_ptr, up_ptr, offsets_ptr, dx_ptr, n_experts,
+    F: tl.constexpr, D: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    widths: tl.constexpr = (F + WIDTH - 1) // WIDTH
-    program = tl.program_id(0)
-    expert, begin, end = _tile(program // widths, offsets_ptr, n_experts, EXPERTS, ROWS)
-    if expert < n_experts:
-        rows = begin + tl.arange(0, ROWS)
-        token = tl.load(token_ptr + rows, mask=rows < end, other=0).to(tl.int64)
-        columns = program % widths * WIDTH + tl.arange(0, WIDTH)
-        depth = tl.arange(0, DEPTH)
-        dy_at = dy_ptr + token[:, None] * D + depth[None, :]
-        down_at = down_ptr + expert.to(tl.int64) * D * F + depth[:, None] * F + columns[None, :]
-        dh = tl.zeros((ROWS, WIDTH), tl.float32)
-        for _ in range(D // DEPTH):
-            down = tl.load(down_at) if F % WIDTH == 0 else tl.load(down_at, mask=(columns < F)[None, :], other=0)
-            dh = tl.dot(tl.load(dy_at), down, dh)
-            dy_at += DEPTH
-            down_at += DEPTH * F
-        first = begin.to(tl.int64) * F
-        at = tl.arange(0, ROWS)[:, None] * F + columns[None, :]
-        live = (rows < end)[:, None] & (columns < F)[None, :]
-        weight = tl.load(weight_ptr + rows, mask=rows < end, other=0).to(tl.float32)[:, None]
-        # rounded, as between two separate products: what is held in float32 until the end would not fit in registers
-        dh = dh.to(dg_ptr.dtype.element_ty)
-        g = tl.load(g_ptr + first + at, live, other=0).to(tl.float32)
-        u = tl.load(u_ptr + first + at, live, other=0)
-        share = tl.sigmoid(g)
-        silu = g * share
-        du = dh.to(tl.float32) * silu
-        dweight = tl.sum(du * u.to(tl.float32), 1)
-        tl.store(dweight_ptr + (program % widths).to(tl.int64) * n_rows + rows, dweight, rows < end)
-        tl.store(du_ptr + first + at, (du * weight).to(du_ptr.dtype.element_ty), live)
-        dg = dh.to(tl.float32) * weight * u.to(tl.float32) * share * (1 + g - silu)
-        tl.store(dg_ptr + first + at, dg.to(dg_ptr.dtype.element_ty), live)
-
-
-@triton.jit
-def _rows(
-    a_ptr, b_ptr, other_a_ptr, other_b_ptr, offsets_ptr, y_ptr, n_experts,
-    K: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, BY_COLUMN: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """y[m] = a[m] B[e], B [K, N] or by column [N, K]; of two pairs the sum."""
-    widths: tl.constexpr = (N + WIDTH - 1) // WIDTH
+    widths: tl.constexpr = (D + WIDTH - 1) // WIDTH
     program = tl.program_id(0)
     expert, begin, end = _tile(program // widths, offsets_ptr, n_experts, EXPERTS, ROWS)
     if expert < n_experts:
         rows = begin + tl.arange(0, ROWS)
         columns = program % widths * WIDTH + tl.arange(0, WIDTH)
-        y = tl.zeros((ROWS, WIDTH), tl.float32)
-        y = _add_rows(y, a_ptr, b_ptr, expert, rows, end, columns, K, N, BY_COLUMN, WIDTH, DEPTH)
-        if TWO:
-            y = _add_rows(y, other_a_ptr, other_b_ptr, expert, rows, end, columns, K, N, BY_COLUMN, WIDTH, DEPTH)
-        live = (rows < end)[:, None] & (columns < N)[None, :]
-        at = tl.arange(0, ROWS)[:, None] * N + columns[None, :]
-        tl.store(y_ptr + begin.to(tl.int64) * N + at, y.to(y_ptr.dtype.element_ty), live)
+        dx = tl.zeros((ROWS, WIDTH), tl.float32)
+        dx = _add_product(dx, dg_ptr, gate_ptr, expert, rows, end, columns, F, D, WIDTH, DEPTH)
+        dx = _add_product(dx, du_ptr, up_ptr, expert, rows, end, columns, F, D, WIDTH, DEPTH)
+        live = (rows < end)[:, None] & (columns < D)[None, :]
+        at = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
+        tl.store(dx_ptr + begin.to(tl.int64) * D + at, dx.to(dx_ptr.dtype.element_ty), live)
 
 
 @triton.jit
-def _add_rows(
+def _add_product(
     y, a_ptr, b_ptr, expert, rows, end, columns,
-    K: tl.constexpr, N: tl.constexpr, BY_COLUMN: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """y + a B[e], a [M, K], B [E, K, N]."""
     depth = tl.arange(0, DEPTH)
     a_at = a_ptr + tl.where(rows < end, rows, 0).to(tl.int64)[:, None] * K + depth[None, :]
-    b_ptr += expert.to(tl.int64) * N * K
-    if BY_COLUMN:
-        b_at = b_ptr + tl.where(columns < N, columns, 0)[None, :] * K + depth[:, None]
-    else:
-        b_at = b_ptr + depth[:, None] * N + columns[None, :]
+    b_at = b_ptr + expert.to(tl.int64) * N * K + depth[:, None] * N + columns[None, :]
     for _ in range(K // DEPTH):
-        b = tl.load(b_at) if BY_COLUMN or N % WIDTH == 0 else tl.load(b_at, mask=(columns < N)[None, :], other=0)
+        b = tl.load(b_at) if N % WIDTH == 0 else tl.load(b_at, mask=(columns < N)[None, :], other=0)
         y = tl.dot(tl.load(a_at), b, y)
         a_at += DEPTH
-        b_at += DEPTH if BY_COLUMN else DEPTH * N
+        b_at += DEPTH * N
     return y
 
 
 @triton.jit
-def _outer(
-    a_ptr, b_ptr, token_ptr, offsets_ptr, y_ptr,
-    A: tl.constexpr, B: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+def _act_back(
+    dh_ptr, weight_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dweight_ptr, n_rows,
+    F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    heights: tl.constexpr = (A + ROWS - 1) // ROWS
-    widths: tl.constexpr = (B + WIDTH - 1) // WIDTH
-    program = tl.program_id(0)
-    expert = program // (heights * widths)
-    i = program // widths % heights * ROWS + tl.arange(0, ROWS)
-    j = program % widths * WIDTH + tl.arange(0, WIDTH)
-    begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets_ptr + expert)
-    y = tl.zeros((ROWS, WIDTH), tl.float32)
-    for first in range(begin, end, DEPTH):
-        rows = first + tl.arange(0, DEPTH)
-        live = rows < end
-        if GATHER_A or GATHER_B:
-            token = tl.load(token_ptr + rows, mask=live, other=0).to(tl.int64)
-        row_a = token if GATHER_A else rows.to(tl.int64)
-        row_b = token if GATHER_B else rows.to(tl.int64)
-        in_a = live[:, None] if A % ROWS == 0 else live[:, None] & (i < A)[None, :]
-        in_b = live[:, None] if B % WIDTH == 0 else live[:, None] & (j < B)[None, :]
-        a = tl.load(a_ptr + row_a[:, None] * A + i[None, :], mask=in_a, other=0)
-        b = tl.load(b_ptr + row_b[:, None] * B + j[None, :], mask=in_b, other=0)
-        y = tl.dot(tl.trans(a), b, y)
-    at = y_ptr + expert.to(tl.int64) * A * B + (i[:, None] * B + j[None, :])
-    tl.store(at, y.to(y_ptr.dtype.element_ty), (i < A)[:, None] & (j < B)[None, :])
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(weight_ptr + rows, mask=rows < n_rows, other=0).to(tl.float32)[:, None]
+    dweight = tl.zeros((ROWS,), tl.float32)
+    for first in tl.static_range(0, F, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        at = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        live = (rows < n_rows)[:, None] & (columns < F)[None, :]
+        dh = tl.load(dh_ptr + at, live, other=0).to(tl.float32)
+        g = tl.load(g_ptr + at, live, other=0).to(tl.float32)
+        u = tl.load(u_ptr + at, live, other=0).to(tl.float32)
+        share = tl.sigmoid(g)
+        silu = g * share
+        dweight += tl.sum(dh * silu * u, 1)
+        dh *= weight
+        tl.store(dg_ptr + at, (dh * u * share * (1 + g - silu)).to(dg_ptr.dtype.element_ty), live)
+        tl.store(du_ptr + at, (dh * silu).to(du_ptr.dtype.element_ty), live)
+    tl.store(dweight_ptr + rows, dweight, rows < n_rows)
+
+
+@triton.jit
+def _gather(x_ptr, token_ptr, y_ptr, n_rows, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(token_ptr + rows, mask=rows < n_rows, other=0).to(tl.int64)
+    for first in tl.static_range(0, D, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        live = (rows < n_rows)[:, None] & (columns < D)[None, :]
+        x = tl.load(x_ptr + token[:, None] * D + columns[None, :], live)
+        tl.store(y_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], x, live)

@@ -1,11 +1,13 @@
-"""A mixture of SwiGLU experts as five fused products, for training in 16 bits on a GPU.
+"""A mixture of SwiGLU experts with passes over rows inside its products, for training in bfloat16 on a GPU.
 
-Between sorted rows and experts nothing is laid out anew: tokens are gathered while a product reads them, silu(g) u and
-its gradient are computed where a product ends, and a row's weight is multiplied into its neurons, since
-w W_down h = W_down (w h). So neither gathered tokens nor the experts' outputs are kept for backward, and the weight's
-gradient, dw = h . (W_down^T dy), takes no pass of its own.
+Forward, one product gathers the tokens that it reads and ends in w silu(g) u: a row's weight is multiplied into its
+neurons, since w W_down h = W_down (w h). So neither gathered tokens nor the experts' outputs are kept for backward, and
+the weight's gradient, dw = silu(g) u . (W_down^T dy), comes with those of g and u. Backward, both products that lead to
+a token are one sum. What torch's grouped_mm does faster, the other products, it does; what was measured, beside it, is
+in benchmarks/RESULTS.md.
 
-Source: Tan et al. 2024, arXiv 2403.08245 (gathers inside grouped products)
+Source: Tan et al. 2024, arXiv 2403.08245 (gathers inside grouped products); Guo et al. 2025, arXiv 2512.14080 (what
+need not be kept)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.components.contracts import compute_dtype
@@ -24,7 +27,6 @@ from sparsekit.components.kernels import constant
 from sparsekit.components.linears import PlainLinear
 from sparsekit.components.sorted_rows import SortedRows, rows_of_tokens, summed
 
-HALF = (torch.bfloat16, torch.float16)
 STEP = 64  # both widths are multiples of it
 SHARED_MEMORY = 160 * 1024  # bytes of a processor that a program may take; what consumers' devices have is less
 
@@ -35,7 +37,7 @@ def weights_of(experts: nn.Module, x_ND: Tensor) -> list[Tensor] | None:
     None where they are another feed-forward, anything listens to their parts or stands in for them (hooks, other
     forwards, weights that are spread over processes), or device or type are not what the kernels are for.
     """
-    if not (x_ND.is_cuda and _able(x_ND.device.index or 0)) or type(experts) is not SwiGLU:
+    if not able(x_ND) or type(experts) is not SwiGLU:
         return None
     linears = [cast(PlainLinear, experts.gate), cast(PlainLinear, experts.up), cast(PlainLinear, experts.down)]
     plain = all(type(one).forward is PlainLinear.forward and one.bias is None for one in linears)
@@ -43,7 +45,7 @@ def weights_of(experts: nn.Module, x_ND: Tensor) -> list[Tensor] | None:
         return None
     dtype = compute_dtype(x_ND.device, x_ND.dtype)
     weights = [linear.effective_weight() for linear in linears]
-    if dtype not in HALF or any(type(one) not in (Tensor, nn.Parameter) or one.ndim != 3 for one in weights):
+    if dtype != torch.bfloat16 or any(type(one) not in (Tensor, nn.Parameter) or one.ndim != 3 for one in weights):
         return None
     if any(side % STEP for side in weights[0].shape[1:]):
         return None
@@ -54,6 +56,11 @@ def _listened_to(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     ) or "forward" in vars(module)
+
+
+def able(x_ND: Tensor) -> bool:
+    """Whether the kernels run where x is."""
+    return x_ND.is_cuda and _able(x_ND.device.index or 0)
 
 
 @constant
@@ -93,23 +100,21 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         weight_M = weight_NS.flatten()[order_M]
         g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
-        y_ND = summed(torch.ops.sparsekit.experts_down(h_MF, offsets_E, down_EDF), None, back_NS)
+        y_ND = summed(F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E), None, back_NS)
         ctx.save_for_backward(x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF)
         dtype = torch.promote_types(x_ND.dtype, weight_NS.dtype)
         return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        (x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF) = ctx.saved_tensors
-        dy_ND = dy_ND.to(x_ND.dtype).contiguous()
-        dg_MF, du_MF, dweight_WM = torch.ops.sparsekit.experts_down_back(
-            dy_ND, token_M, weight_M, offsets_E, down_EDF, g_MF, u_MF
-        )
-        ddown_EDF = torch.ops.sparsekit.experts_outer(dy_ND, h_MF, offsets_E, token_M, True, False)
-        dgate_EFD = torch.ops.sparsekit.experts_outer(dg_MF, x_ND, offsets_E, token_M, False, True)
-        dup_EFD = torch.ops.sparsekit.experts_outer(du_MF, x_ND, offsets_E, token_M, False, True)
-        dx_ND = summed(
-            torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD), None, back_NS
-        ).to(x_ND.dtype)
-        dweight_NS = dweight_WM.sum(0)[back_NS].to(weight_M.dtype)
-        return dx_ND, dweight_NS, dgate_EFD, dup_EFD, ddown_EDF, None, None, None, None
+        x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF = ctx.saved_tensors
+        dy_MD = torch.ops.sparsekit.experts_gather(dy_ND.to(x_ND.dtype).contiguous(), token_M)
+        dh_MF = F.grouped_mm(dy_MD, down_EDF, offs=offsets_E)
+        ddown_EDF = F.grouped_mm(dy_MD.T, h_MF, offs=offsets_E)
+        dg_MF, du_MF, dweight_M = torch.ops.sparsekit.experts_act_back(dh_MF, weight_M, g_MF, u_MF)
+        dx_MD = torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
+        x_MD = torch.ops.sparsekit.experts_gather(x_ND, token_M)
+        dgate_EFD = F.grouped_mm(dg_MF.T, x_MD, offs=offsets_E)
+        dup_EFD = F.grouped_mm(du_MF.T, x_MD, offs=offsets_E)
+        dx_ND = summed(dx_MD, None, back_NS).to(x_ND.dtype)
+        return dx_ND, dweight_M[back_NS].to(weight_M.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None, None

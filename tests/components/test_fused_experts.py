@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import ForwardContext
-from sparsekit.components.fused_experts import weights_of
+from sparsekit.components import fused_experts
+from sparsekit.components.contracts import ForwardContext, Routing
+from sparsekit.components.fused_experts import fused, weights_of
+from sparsekit.components.sorted_rows import sort_rows
 from sparsekit.model.build import build_model
 
 MIXTURE = {
@@ -45,6 +54,168 @@ def near(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> N
     for name, value in wanted.items():
         error = float((found[name].double() - value.double()).norm() / value.double().norm())
         assert error <= bound, (name, error)
+
+
+# --- on a CPU: what backward puts together, of products written from their formulas
+
+
+@pytest.fixture
+def products(monkeypatch) -> None:
+    """The operators as triton's kernels define them where there is triton, in plain torch."""
+
+    def experts_up(x, token, weight, offsets, gate, up):
+        e = owners(token.shape[0], offsets)
+        g, u = (torch.einsum("md,mfd->mf", x[token], w[e]) for w in (gate, up))
+        return g, u, F.silu(g) * u * weight[:, None]
+
+    def experts_up_back(dg, du, offsets, gate, up):
+        e = owners(dg.shape[0], offsets)
+        return torch.einsum("mf,mfd->md", dg, gate[e]) + torch.einsum("mf,mfd->md", du, up[e])
+
+    def experts_act_back(dh, weight, g, u):
+        sigma = g.sigmoid()
+        slope = sigma + g * sigma * (1 - sigma)
+        return dh * weight[:, None] * u * slope, dh * weight[:, None] * F.silu(g), (dh * F.silu(g) * u).sum(-1)
+
+    plain = SimpleNamespace(
+        experts_up=experts_up, experts_up_back=experts_up_back, experts_act_back=experts_act_back,
+        experts_gather=lambda x, token: x[token],
+    )  # fmt: skip
+    monkeypatch.setattr(torch.ops, "sparsekit", plain)
+
+
+def owners(n_rows: int, offsets_E: Tensor) -> Tensor:
+    return torch.searchsorted(offsets_E, torch.arange(n_rows), right=True)
+
+
+@given(
+    n_tokens=st.integers(1, 40), n_experts=st.integers(1, 7), k=st.integers(1, 3), alone=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_gradients_are_those_of_the_formula(products, n_tokens, n_experts, k, alone, seed):
+    """Against autograd through sum_s w W_down(silu(W_gate x) W_up x), experts without a token among them."""
+    torch.manual_seed(seed)
+    k = min(k, n_experts)
+    d_model, d_ff = 8, 16
+    scores_NE = torch.rand(n_tokens, n_experts) + (torch.arange(n_experts) < k) * 9.0 * alone
+    expert_NK = scores_NE.topk(k).indices
+    drawn = [(n_tokens, d_model), (n_tokens, k), *[(n_experts, d_ff, d_model)] * 2, (n_experts, d_model, d_ff)]
+    x, weight, gate, up, down = leaves = [torch.randn(sides).requires_grad_() for sides in drawn]
+    rows = sort_rows(Routing.per_token(expert_NK, weight), n_tokens, n_experts)
+    found = fused(x, weight, [gate, up, down], rows)
+    own = [w[expert_NK] for w in (gate, up, down)]  # [N, K, ...]
+    g, u = (torch.einsum("nd,nkfd->nkf", x, w) for w in own[:2])
+    wanted = torch.einsum("nkf,nkdf,nk->nd", F.silu(g) * u, own[2], weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    dy = torch.randn(n_tokens, d_model)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_has_no_use_for_them():
+    layer = mixture(MIXTURE, "cpu", torch.bfloat16)
+    assert weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16)) is None
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(fused_experts, "able", lambda x: True)
+
+
+@pytest.mark.parametrize(
+    ("expert", "fits"),
+    [
+        ({"type": "swiglu", "d_ff": 192}, True),
+        ({"type": "swiglu", "d_ff": 100}, False),
+        ({"type": "swiglu", "d_ff": 192, "bias": True}, False),
+        ({"type": "geglu", "d_ff": 192}, False),
+        ({"type": "mlp", "d_ff": 192}, False),
+    ],
+)
+def test_which_experts_they_are_for(as_on_a_gpu, expert, fits):
+    layer = mixture({**MIXTURE, "expert": expert}, "cpu", torch.bfloat16)
+    assert (weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16)) is not None) == fits
+    single = torch.zeros(4, 128)
+    assert weights_of(layer.experts, single) is None  # float32 is not what the kernels are for
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (weights_of(layer.experts, single) is not None) == fits
+
+
+def test_who_listens_is_told(as_on_a_gpu):
+    """A hook on any part, or another forward, sees what it did before."""
+    x = torch.zeros(4, 128, dtype=torch.bfloat16)
+    layer = mixture(MIXTURE, "cpu", torch.bfloat16)
+    for part in (layer.experts, layer.experts.down, layer.experts.activation):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert weights_of(layer.experts, x) is None
+        handle.remove()
+        handle = part.register_forward_pre_hook(lambda *_: None)
+        assert weights_of(layer.experts, x) is None
+        handle.remove()
+    assert weights_of(layer.experts, x) is not None
+    layer.experts.forward = lambda x, context: x
+    assert weights_of(layer.experts, x) is None
+
+
+# --- in Triton's interpreter, and as machine code for an H100
+
+INTERPRETED = """
+import torch
+import torch.nn.functional as F
+from triton.runtime import interpreter
+
+patch = interpreter._patch_lang_tensor
+
+def patched(tensor, *rest):
+    patch(tensor, *rest)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+interpreter._patch_lang_tensor = patched
+
+from sparsekit.components import expert_kernels as kernels
+from sparsekit.components.expert_kernels import Plan
+
+def near(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+torch.manual_seed(0)
+for n_experts, d_model, d_ff, n, k in ((3, 64, 48, 20, 2), (5, 32, 32, 7, 1), (4, 32, 96, 30, 3), (1, 32, 16, 3, 1)):
+    expert = torch.randint(0, n_experts, (n * k,))
+    if k == 3:
+        expert[:] = 2  # all but one to one, some without a row
+        expert[5] = 0
+    expert, order = expert.sort(stable=True)
+    token, offsets = order // k, torch.searchsorted(expert, torch.arange(n_experts), right=True).int()
+    x, weight = torch.randn(n, d_model), torch.rand(n * k)
+    gate, up = (torch.randn(n_experts, d_ff, d_model) / 8 for _ in range(2))
+    plan = Plan(16, 32, 16)
+    near(kernels.gather(x, token), x[token])
+    g, u, h = kernels.up(x, token, weight, offsets, gate, up, plan)
+    near(g, torch.einsum("md,mfd->mf", x[token], gate[expert]))
+    near(u, torch.einsum("md,mfd->mf", x[token], up[expert]))
+    leaves = [one.clone().requires_grad_() for one in (g, u, weight)]
+    wanted = F.silu(leaves[0]) * leaves[1] * leaves[2][:, None]
+    near(h, wanted.detach())
+    dh = torch.randn_like(h)
+    back = kernels.act_back(dh, weight, g, u)
+    for ours, theirs in zip(back, torch.autograd.grad(wanted, leaves, dh)):
+        near(ours, theirs)
+    dx = kernels.up_back(*back[:2], offsets, gate, up, plan)
+    near(dx, torch.einsum("mf,mfd->md", back[0], gate[expert]) + torch.einsum("mf,mfd->md", back[1], up[expert]))
+print("all agree")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_agree_in_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stderr[-2000:]
 
 
 # --- on a GPU
