@@ -40,7 +40,7 @@ class Case:
         torch.manual_seed(0)
         expert_M = torch.rand(n, n_experts, device=device).topk(k).indices.flatten()
         expert_M, order_M = expert_M.sort(stable=True)
-        self.token_M = order_M // k
+        self.token_M, self.back_NS = order_M // k, order_M.argsort().view(n, k)
         experts = torch.arange(n_experts, device=device)
         self.offsets_E = torch.searchsorted(expert_M, experts, right=True).to(torch.int32)
         self.weight_M = torch.rand(n * k, device=device)
@@ -77,8 +77,8 @@ class Case:
     def passes(self) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         """(name, bytes, run)."""
         c = self
-        yield "gather", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: kernels.gather(c.x_ND, c.token_M)
-        yield "gather, torch", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: c.x_ND[c.token_M]
+        yield "spread", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: kernels.spread(c.x_ND, c.back_NS)
+        yield "spread, torch", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: c.x_ND[c.token_M]
         yield "act_back", 10.0 * c.h_MF.numel(), lambda: kernels.act_back(c.h_MF, c.weight_M, c.g_MF, c.u_MF)
 
 

@@ -80,7 +80,7 @@ def act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tup
     dg_MF, du_MF = torch.empty_like(g_MF), torch.empty_like(u_MF)
     n_rows, d_ff = g_MF.shape
     dweight_M = weight_M.new_empty(n_rows, dtype=torch.float32)
-    width = min(triton.next_power_of_2(d_ff), ENTRIES)
+    width = _width(d_ff)
     rows = ENTRIES // width
     _traced(_act_back)[(triton.cdiv(n_rows, rows),)](
         dh_MF, weight_M, g_MF, u_MF, dg_MF, du_MF, dweight_M, n_rows, d_ff, ROWS=rows, WIDTH=width, num_warps=8
@@ -88,16 +88,25 @@ def act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tup
     return dg_MF, du_MF, dweight_M
 
 
-def gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
-    """x[token], [M, D]."""
-    (n_rows,), d_model = token_M.shape, x_ND.shape[1]
-    x_MD = x_ND.new_empty(n_rows, d_model)
-    width = min(triton.next_power_of_2(d_model), ENTRIES)
+def spread(x_ND: Tensor, back_NS: Tensor) -> Tensor:
+    """y[back[n, s]] = x[n], the tokens as rows, [M, D].
+
+    In the order of tokens, which reads each once; in the order of experts each would be fetched from memory S times.
+    """
+    n_tokens, slots = back_NS.shape
+    d_model = x_ND.shape[1]
+    y_MD = x_ND.new_empty(n_tokens * slots, d_model)
+    width = _width(d_model)
     rows = ENTRIES // width
-    _traced(_gather)[(triton.cdiv(n_rows, rows),)](
-        x_ND, token_M, x_MD, n_rows, d_model, ROWS=rows, WIDTH=width, num_warps=4
+    _traced(_spread)[(triton.cdiv(n_tokens, rows) * (d_model // width),)](
+        x_ND, back_NS, y_MD, n_tokens, d_model, SLOTS=slots, ROWS=rows, WIDTH=width, num_warps=4
     )
-    return x_MD
+    return y_MD
+
+
+def _width(d: int) -> int:
+    """The largest power of two that divides a row, up to a part of a program's share: no thread is idle then."""
+    return min(d & -d, ENTRIES // 4)
 
 
 def _traced(kernel):
@@ -138,10 +147,10 @@ def experts_act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor
     return act_back(dh_MF, weight_M, g_MF, u_MF)
 
 
-@torch.library.triton_op("sparsekit::experts_gather", mutates_args=())
-def experts_gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
-    """x[token], [M, D]."""
-    return gather(x_ND, token_M)
+@torch.library.triton_op("sparsekit::experts_spread", mutates_args=())
+def experts_spread(x_ND: Tensor, back_NS: Tensor) -> Tensor:
+    """The tokens as rows, [M, D]."""
+    return spread(x_ND, back_NS)
 
 
 # ---- the kernels ----
@@ -248,7 +257,7 @@ def _act_back(
     for first in tl.static_range(0, F, WIDTH):
         columns = first + tl.arange(0, WIDTH)
         at = rows.to(tl.int64)[:, None] * F + columns[None, :]
-        live = (rows < n_rows)[:, None] & (columns < F)[None, :]
+        live = (rows < n_rows)[:, None]
         dh = tl.load(dh_ptr + at, live, other=0).to(tl.float32)
         g = tl.load(g_ptr + at, live, other=0).to(tl.float32)
         u = tl.load(u_ptr + at, live, other=0).to(tl.float32)
@@ -262,11 +271,15 @@ def _act_back(
 
 
 @triton.jit
-def _gather(x_ptr, token_ptr, y_ptr, n_rows, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.load(token_ptr + rows, mask=rows < n_rows, other=0).to(tl.int64)
-    for first in tl.static_range(0, D, WIDTH):
-        columns = first + tl.arange(0, WIDTH)
-        live = (rows < n_rows)[:, None] & (columns < D)[None, :]
-        x = tl.load(x_ptr + token[:, None] * D + columns[None, :], live)
-        tl.store(y_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], x, live)
+def _spread(
+    x_ptr, back_ptr, y_ptr, n_tokens,
+    D: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tokens = program // (D // WIDTH) * ROWS + tl.arange(0, ROWS)
+    columns = program % (D // WIDTH) * WIDTH + tl.arange(0, WIDTH)
+    live = tokens < n_tokens
+    x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * D + columns[None, :], live[:, None])
+    for slot in tl.static_range(SLOTS):
+        row = tl.load(back_ptr + tokens.to(tl.int64) * SLOTS + slot, live, other=0).to(tl.int64)
+        tl.store(y_ptr + row[:, None] * D + columns[None, :], x, live[:, None])

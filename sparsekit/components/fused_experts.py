@@ -101,19 +101,19 @@ class _Fused(torch.autograd.Function):
         weight_M = weight_NS.flatten()[order_M]
         g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
         y_ND = summed(F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E), None, back_NS)
-        ctx.save_for_backward(x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF)
+        ctx.save_for_backward(x_ND, gate_EFD, up_EFD, down_EDF, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF)
         dtype = torch.promote_types(x_ND.dtype, weight_NS.dtype)
         return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_EFD, up_EFD, down_EDF, token_M, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF = ctx.saved_tensors
-        dy_MD = torch.ops.sparsekit.experts_gather(dy_ND.to(x_ND.dtype).contiguous(), token_M)
+        x_ND, gate_EFD, up_EFD, down_EDF, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF = ctx.saved_tensors
+        dy_MD = torch.ops.sparsekit.experts_spread(dy_ND.to(x_ND.dtype).contiguous(), back_NS)
         dh_MF = F.grouped_mm(dy_MD, down_EDF, offs=offsets_E)
         ddown_EDF = F.grouped_mm(dy_MD.T, h_MF, offs=offsets_E)
         dg_MF, du_MF, dweight_M = torch.ops.sparsekit.experts_act_back(dh_MF, weight_M, g_MF, u_MF)
         dx_MD = torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
-        x_MD = torch.ops.sparsekit.experts_gather(x_ND, token_M)
+        x_MD = torch.ops.sparsekit.experts_spread(x_ND, back_NS)
         dgate_EFD = F.grouped_mm(dg_MF.T, x_MD, offs=offsets_E)
         dup_EFD = F.grouped_mm(du_MF.T, x_MD, offs=offsets_E)
         dx_ND = summed(dx_MD, None, back_NS).to(x_ND.dtype)

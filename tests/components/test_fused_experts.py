@@ -79,7 +79,7 @@ def products(monkeypatch) -> None:
 
     plain = SimpleNamespace(
         experts_up=experts_up, experts_up_back=experts_up_back, experts_act_back=experts_act_back,
-        experts_gather=lambda x, token: x[token],
+        experts_spread=lambda x, back: x[back.flatten().argsort() // back.shape[1]],
     )  # fmt: skip
     monkeypatch.setattr(torch.ops, "sparsekit", plain)
 
@@ -192,7 +192,7 @@ for n_experts, d_model, d_ff, n, k in ((3, 64, 48, 20, 2), (5, 32, 32, 7, 1), (4
     x, weight = torch.randn(n, d_model), torch.rand(n * k)
     gate, up = (torch.randn(n_experts, d_ff, d_model) / 8 for _ in range(2))
     plan = Plan(16, 32, 16)
-    near(kernels.gather(x, token), x[token])
+    near(kernels.spread(x, order.argsort().view(n, k)), x[token])
     g, u, h = kernels.up(x, token, weight, offsets, gate, up, plan)
     near(g, torch.einsum("md,mfd->mf", x[token], gate[expert]))
     near(u, torch.einsum("md,mfd->mf", x[token], up[expert]))
