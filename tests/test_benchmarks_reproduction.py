@@ -8,9 +8,12 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.reproduction import page, pool, protocol
+from sparsekit.data.shards import MANIFEST, ShardWriter, open_shards, verify_shards
+from sparsekit.files import write_json
 from sparsekit.studies import stages, study
 from sparsekit.studies.laws import RELU, SILU
 from sparsekit.studies.plan import Plan, PlannedRun, expand
@@ -178,6 +181,31 @@ def test_a_law_recovers_its_coefficients_or_says_why_not():
     assert "c 0.02 [" in page.law_line(SILU, "seed 0", points)
     assert "measure more checkpoints" in page.law_line(SILU, "seed 0", points[:3])
     assert "there are 0" in page.law_line(RELU, "seed 0", [])
+
+
+def test_pieces_are_those_of_the_text_in_another_order(tmp_path):
+    """Every piece of 16 tokens is one of the text's, none twice, ends of text where they were; validation as it is."""
+    rng = np.random.default_rng(0)
+    ends, text, pieces = 0, tmp_path / "text", tmp_path / "pieces"
+    text.mkdir()
+    splits = {}
+    for split, n in (("train", 40), ("validation", 3)):
+        writer = ShardWriter(text, split, "npy", np.dtype("uint16"), ends, 700)  # several shards
+        for _ in range(n):
+            writer.add(rng.integers(1, 300, rng.integers(1, 90)).astype(np.uint16).tobytes(), 100)
+        writer.close()
+        splits[split] = writer.totals()
+    told = {"format": 1, "layout": "npy", "dtype": "uint16", "vocab_size": 300, "eos_id": ends, "splits": splits}
+    write_json(text / MANIFEST, told)
+    protocol.in_pieces(text, pieces, 16, seed=1)
+    verify_shards(pieces)
+    before, after = (np.concatenate([shard.tokens for shard in open_shards(f, "train").shards]) for f in (text, pieces))
+    whole = len(before) // 16 * 16
+    cut, shuffled = (tokens[:whole].reshape(-1, 16).tolist() for tokens in (before, after))
+    assert sorted(cut) == sorted(shuffled) and cut != shuffled
+    assert len(after) - whole in (0, 1) and after[-1] == ends
+    held = [open_shards(folder, "validation").fingerprint for folder in (text, pieces)]
+    assert held[0] == held[1]
 
 
 @pytest.mark.slow
