@@ -23,12 +23,9 @@ from torch import Tensor
 from sparsekit.components import expert_kernels as kernels
 from sparsekit.components.expert_kernels import Plan
 
-PLANS = {
-    "up": [Plan(128, 64, 64, 4, 3), Plan(128, 64, 64, 4, 4), Plan(128, 128, 64, 8, 3), Plan(128, 128, 64, 8, 4),
-           Plan(128, 64, 64, 8, 4), Plan(256, 64, 64, 8, 3)],
-    "up_back": [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3), Plan(128, 256, 64, 8, 4),
-                Plan(256, 128, 64, 8, 3)],
-}  # fmt: skip
+PRODUCTS = [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
+            Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3), Plan(128, 128, 32, 4, 5)]  # fmt: skip
+PLANS = {"up": PRODUCTS, "up_back": PRODUCTS}
 
 
 class Case:
@@ -38,22 +35,19 @@ class Case:
         d_model, n_experts, k, d_ff, n = SHAPES[shape]
         n = n_tokens or n
         torch.manual_seed(0)
-        expert_M = torch.rand(n, n_experts, device=device).topk(k).indices.flatten()
-        expert_M, order_M = expert_M.sort(stable=True)
-        self.token_M, self.back_NS = order_M // k, order_M.argsort().view(n, k)
-        experts = torch.arange(n_experts, device=device)
-        self.offsets_E = torch.searchsorted(expert_M, experts, right=True).to(torch.int32)
-        self.weight_M = torch.rand(n * k, device=device)
+        self.expert_M = torch.rand(n, n_experts, device=device).topk(k).indices.flatten()
+        self.order_M, row_M, self.offsets_E = kernels.sort(self.expert_M, n_experts)
+        self.row_NS, self.token_M = row_M.view(n, k), self.order_M // k
+        self.weight_NS = torch.rand(n, k, device=device)
 
         def drawn(*sides: int) -> Tensor:
             return (torch.randn(*sides, device=device) * sides[-1] ** -0.5).bfloat16()
 
-        self.x_ND, self.dy_ND = drawn(n, d_model) * d_model**0.5, drawn(n, d_model) * d_model**0.5
+        self.x_ND = drawn(n, d_model) * d_model**0.5
         self.gate_EFD, self.up_EFD = drawn(n_experts, d_ff, d_model), drawn(n_experts, d_ff, d_model)
-        self.down_EDF = drawn(n_experts, d_model, d_ff)
-        self.x_MD, self.dy_MD = self.x_ND[self.token_M], self.dy_ND[self.token_M]
+        self.x_MD = self.x_ND[self.token_M]
         self.g_MF, self.u_MF = (self.grouped(self.x_MD, w) for w in (self.gate_EFD, self.up_EFD))
-        self.h_MF = (F.silu(self.g_MF.float()) * self.u_MF * self.weight_M[:, None]).bfloat16()
+        self.dh_MF = torch.randn_like(self.g_MF)
         self.flops = 2.0 * n * k * d_model * d_ff
 
     def grouped(self, a_MK: Tensor, weight_EOK: Tensor) -> Tensor:
@@ -62,9 +56,9 @@ class Case:
     def products(self) -> Iterator[tuple[str, float, Callable[[Plan], Any], Callable[[], Any]]]:
         """(name, FLOPs, fused by a plan, by grouped_mm)."""
         c = self
-        rows = c.token_M, c.weight_M, c.offsets_E
         yield (
-            "up", 2 * c.flops, lambda plan: kernels.up(c.x_ND, *rows, c.gate_EFD, c.up_EFD, plan)[:2],
+            "up", 2 * c.flops,
+            lambda plan: kernels.up(c.x_ND, c.weight_NS, c.order_M, c.offsets_E, c.gate_EFD, c.up_EFD, plan)[:2],
             lambda: (c.grouped(c.x_MD, c.gate_EFD), c.grouped(c.x_MD, c.up_EFD)),
         )  # fmt: skip
         yield (
@@ -77,9 +71,16 @@ class Case:
     def passes(self) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         """(name, bytes, run)."""
         c = self
-        yield "spread", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: kernels.spread(c.x_ND, c.back_NS)
+        yield "spread", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: kernels.spread(c.x_ND, c.row_NS)
         yield "spread, torch", 2.0 * (c.x_ND.numel() + c.x_MD.numel()), lambda: c.x_ND[c.token_M]
-        yield "act_back", 10.0 * c.h_MF.numel(), lambda: kernels.act_back(c.h_MF, c.weight_M, c.g_MF, c.u_MF)
+        yield (
+            "act_back", 10.0 * c.g_MF.numel(),
+            lambda: kernels.act_back(c.dh_MF, c.weight_NS, c.order_M, c.g_MF, c.u_MF),
+        )  # fmt: skip
+        n_experts = len(c.offsets_E)
+        yield "sort", 24.0 * len(c.order_M), lambda: kernels.sort(c.expert_M, n_experts)
+        narrow_M = c.expert_M.to(torch.int16)
+        yield "sort, torch", 24.0 * len(c.order_M), lambda: narrow_M.sort(stable=True)
 
 
 def milliseconds(run: Callable[[], Any], steps: int) -> float:
@@ -134,7 +135,8 @@ def main() -> None:
                 found[f"{shape} {name} {tuple(plan)}"] = rate
             print(f"{shape:5}{name:18}{'; '.join(told)}", flush=True)
         for name, n_bytes, run in case.passes():
-            print(f"{shape:5}{name:18}{n_bytes / milliseconds(run, options.steps) / 1e9:.2f} TB/s", flush=True)
+            ms = milliseconds(run, options.steps)
+            print(f"{shape:5}{name:18}{ms:.4f} ms, {n_bytes / ms / 1e9:.2f} TB/s", flush=True)
         del case
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))

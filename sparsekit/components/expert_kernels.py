@@ -7,7 +7,7 @@ of a product takes a tile of one expert's rows; which one, it finds out from the
 host: grids are as large as any offsets may need, and programs past the last tile end at once. Sums are taken in one
 order, in float32, so that a result is the same every time.
 
-E: experts, M: rows, N: tokens, D: d_model, F: d_ff.
+E: experts, M: rows, N: tokens, S: assignments a token, D: d_model, F: d_ff.
 """
 
 from __future__ import annotations
@@ -39,26 +39,47 @@ class Plan(NamedTuple):
 
 
 # Measured at the shapes of benchmarks/moe.py (H200, bfloat16): benchmarks/expert_kernels.py.
-WIDE_UP, UP = Plan(128, 128, 64, 8, 4), Plan(128, 64, 64, 4, 3)
+WIDE_UP, UP = Plan(128, 256, 64, 8, 4), Plan(128, 128, 64, 4, 3)
 UP_BACK = Plan(128, 256, 64, 8, 4)
 ENTRIES = 4096  # that a program of an elementwise pass takes
+SHARES, CHUNK = 256, 8192  # into which assignments are cut to be counted, and how many of a table are held at a time
+
+
+def sort(expert_M: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(which assignment each row is [M], the row of each assignment [M], int32 offsets [E]); every one has an expert.
+
+    By counting: no key is moved, and those of an expert stay in the order in which they came.
+    """
+    n_rows, experts = expert_M.shape[0], triton.next_power_of_2(n_experts)
+    chunk = max(CHUNK // experts, 1)
+    share = triton.cdiv(triton.cdiv(n_rows, SHARES), chunk) * chunk
+    n_shares = triton.cdiv(n_rows, share)
+    count = expert_M.new_empty(n_shares, experts, dtype=torch.int32)
+    order_M, row_M = torch.empty_like(expert_M), torch.empty_like(expert_M)
+    offsets_E = expert_M.new_empty(n_experts, dtype=torch.int32)
+    sizes = {"EXPERTS": experts, "CHUNK": chunk, "num_warps": 8}
+    _traced(_count)[(n_shares,)](expert_M, count, n_rows, share, **sizes)
+    _traced(_place)[(n_shares,)](
+        expert_M, count, order_M, row_M, offsets_E, n_rows, share, n_shares, n_experts, **sizes
+    )
+    return order_M, row_M, offsets_E
 
 
 def up_plan(d_ff: int) -> Plan:
-    return UP if d_ff % WIDE_UP.width else WIDE_UP
+    return UP if 2 * d_ff % WIDE_UP.width else WIDE_UP
 
 
 def up(
-    x_ND: Tensor, token_M: Tensor, weight_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
+    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(g, u, w silu(g) u), each [M, F], where g = W_gate x and u = W_up x of each row's token, gathered here."""
     n_experts, d_ff, d_model = gate_EFD.shape
     plan = plan or up_plan(d_ff)
-    found = tuple(x_ND.new_empty(token_M.shape[0], d_ff) for _ in range(3))
-    _traced(_up)[_grid(token_M, n_experts, d_ff, plan)](
-        x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD, *found, n_experts, d_model, d_ff,
-        **_shape(n_experts, plan),
+    found = tuple(x_ND.new_empty(order_M.shape[0], d_ff) for _ in range(3))
+    _traced(_up)[_grid(order_M, n_experts, 2 * d_ff, plan)](
+        x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD, *found, n_experts, d_model, d_ff,
+        SLOTS=weight_NS.shape[1], **_shape(n_experts, plan),
     )  # fmt: skip
     return found[0], found[1], found[2]
 
@@ -75,17 +96,20 @@ def up_back(
     return dx_MD
 
 
-def act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of g and u, [M, F], and of the rows' weights, [M] in float32, from that of h = w silu(g) u."""
+def act_back(
+    dh_MF: Tensor, weight_NS: Tensor, order_M: Tensor, g_MF: Tensor, u_MF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of g and u, [M, F], and of the weights, [N, S] in float32, from that of h = w silu(g) u."""
     dg_MF, du_MF = torch.empty_like(g_MF), torch.empty_like(u_MF)
     n_rows, d_ff = g_MF.shape
-    dweight_M = weight_M.new_empty(n_rows, dtype=torch.float32)
+    dweight_NS = torch.empty_like(weight_NS, dtype=torch.float32)
     width = _width(d_ff)
     rows = ENTRIES // width
     _traced(_act_back)[(triton.cdiv(n_rows, rows),)](
-        dh_MF, weight_M, g_MF, u_MF, dg_MF, du_MF, dweight_M, n_rows, d_ff, ROWS=rows, WIDTH=width, num_warps=8
-    )
-    return dg_MF, du_MF, dweight_M
+        dh_MF, weight_NS, order_M, g_MF, u_MF, dg_MF, du_MF, dweight_NS, n_rows, d_ff, ROWS=rows, WIDTH=width,
+        num_warps=8,
+    )  # fmt: skip
+    return dg_MF, du_MF, dweight_NS
 
 
 def spread(x_ND: Tensor, back_NS: Tensor) -> Tensor:
@@ -127,12 +151,18 @@ def _shape(n_experts: int, plan: Plan) -> dict[str, int]:
 # ---- as operators, in which a compiler sees the launches ----
 
 
+@torch.library.triton_op("sparsekit::experts_sort", mutates_args=())
+def experts_sort(expert_M: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order [M], the row of each assignment [M], offsets [E])."""
+    return sort(expert_M, n_experts)
+
+
 @torch.library.triton_op("sparsekit::experts_up", mutates_args=())
 def experts_up(
-    x_ND: Tensor, token_M: Tensor, weight_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor
+    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = W_gate x, u = W_up x and h = w silu(g) u of each row, [M, F]."""
-    return up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
+    return up(x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD)
 
 
 @torch.library.triton_op("sparsekit::experts_up_back", mutates_args=())
@@ -142,9 +172,11 @@ def experts_up_back(dg_MF: Tensor, du_MF: Tensor, offsets_E: Tensor, gate_EFD: T
 
 
 @torch.library.triton_op("sparsekit::experts_act_back", mutates_args=())
-def experts_act_back(dh_MF: Tensor, weight_M: Tensor, g_MF: Tensor, u_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of g and u, [M, F], and of the rows' weights, [M], from that of h."""
-    return act_back(dh_MF, weight_M, g_MF, u_MF)
+def experts_act_back(
+    dh_MF: Tensor, weight_NS: Tensor, order_M: Tensor, g_MF: Tensor, u_MF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of g and u, [M, F], and of the weights, [N, S], from that of h."""
+    return act_back(dh_MF, weight_NS, order_M, g_MF, u_MF)
 
 
 @torch.library.triton_op("sparsekit::experts_spread", mutates_args=())
@@ -154,6 +186,49 @@ def experts_spread(x_ND: Tensor, back_NS: Tensor) -> Tensor:
 
 
 # ---- the kernels ----
+
+
+@triton.jit
+def _count(expert_ptr, count_ptr, n_rows, share, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    """How many of a share's assignments each expert has."""
+    program = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    count = tl.zeros((EXPERTS,), tl.int32)
+    for first in range(program * share, program * share + share, CHUNK):
+        place = first + tl.arange(0, CHUNK)
+        expert = tl.load(expert_ptr + place, mask=place < n_rows, other=EXPERTS)
+        count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(count_ptr + program * EXPERTS + experts, count)
+
+
+@triton.jit
+def _place(
+    expert_ptr, count_ptr, order_ptr, row_ptr, offsets_ptr, n_rows, share, n_shares, n_experts,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """An assignment's row: where its expert's begin, and how many of that expert come before it."""
+    program = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    before = tl.zeros((EXPERTS,), tl.int32)
+    for first in range(0, n_shares, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        at = count_ptr + other[:, None] * EXPERTS + experts[None, :]
+        count = tl.load(at, mask=(other < n_shares)[:, None], other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where((other < program)[:, None], count, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if program == 0:
+        tl.store(offsets_ptr + experts, ends, experts < n_experts)
+    free = ends - total + before
+    for first in range(program * share, program * share + share, CHUNK):
+        place = first + tl.arange(0, CHUNK)
+        expert = tl.load(expert_ptr + place, mask=place < n_rows, other=EXPERTS)
+        own = (expert[:, None] == experts[None, :]).to(tl.int32)
+        row = tl.sum(own * (tl.cumsum(own, 0) - 1 + free[None, :]), 1)
+        tl.store(row_ptr + place, row.to(tl.int64), place < n_rows)
+        tl.store(order_ptr + row, place.to(tl.int64), place < n_rows)
+        free += tl.sum(own, 0)
 
 
 @triton.jit
@@ -172,41 +247,43 @@ def _tile(index, offsets_ptr, n_experts, EXPERTS: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def _up(
-    x_ptr, token_ptr, weight_ptr, offsets_ptr, gate_ptr, up_ptr, g_ptr, u_ptr, h_ptr, n_experts,
-    D: tl.constexpr, F: tl.constexpr,
+    x_ptr, weight_ptr, order_ptr, offsets_ptr, gate_ptr, up_ptr, g_ptr, u_ptr, h_ptr, n_experts,
+    D: tl.constexpr, F: tl.constexpr, SLOTS: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    widths: tl.constexpr = (F + WIDTH - 1) // WIDTH
+    """Columns of W_gate and W_up take turns in one product, twice as wide as either: g and u of a neuron lie side by
+    side in a thread's registers then."""
+    half: tl.constexpr = WIDTH // 2
+    widths: tl.constexpr = (F + half - 1) // half
     program = tl.program_id(0)
     expert, begin, end = _tile(program // widths, offsets_ptr, n_experts, EXPERTS, ROWS)
     if expert < n_experts:
         rows = begin + tl.arange(0, ROWS)
-        token = tl.load(token_ptr + rows, mask=rows < end, other=0).to(tl.int64)
-        columns = program % widths * WIDTH + tl.arange(0, WIDTH)
+        order = tl.load(order_ptr + rows, mask=rows < end, other=0)
+        token = order // SLOTS
         depth = tl.arange(0, DEPTH)
         x_at = x_ptr + token[:, None] * D + depth[None, :]
-        weight_at = expert.to(tl.int64) * F * D + tl.where(columns < F, columns, 0)[None, :] * D + depth[:, None]
-        gate_at, up_at = gate_ptr + weight_at, up_ptr + weight_at
-        g = tl.zeros((ROWS, WIDTH), tl.float32)
-        u = tl.zeros((ROWS, WIDTH), tl.float32)
+        turn = tl.arange(0, WIDTH)
+        neuron = program % widths * half + turn // 2
+        neuron_at = expert.to(tl.int64) * F * D + tl.where(neuron < F, neuron, 0) * D
+        both_at = tl.where(turn % 2 == 0, gate_ptr + neuron_at, up_ptr + neuron_at)[None, :] + depth[:, None]
+        both = tl.zeros((ROWS, WIDTH), tl.float32)
         for _ in range(D // DEPTH):
-            x = tl.load(x_at)
-            g = tl.dot(x, tl.load(gate_at), g)
-            u = tl.dot(x, tl.load(up_at), u)
+            both = tl.dot(tl.load(x_at), tl.load(both_at), both)
             x_at += DEPTH
-            gate_at += DEPTH
-            up_at += DEPTH
+            both_at += DEPTH
+        # rounded as it is kept for backward, so that both agree
+        g, u = tl.split(tl.reshape(both.to(g_ptr.dtype.element_ty), (ROWS, half, 2)))
+        columns = program % widths * half + tl.arange(0, half)
         first = begin.to(tl.int64) * F  # a scalar: 64-bit places of every entry would fill the registers
         at = tl.arange(0, ROWS)[:, None] * F + columns[None, :]
-        g_ptr, u_ptr, h_ptr = g_ptr + first, u_ptr + first, h_ptr + first
         live = (rows < end)[:, None] & (columns < F)[None, :]
-        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), live)
-        tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), live)
-        weight = tl.load(weight_ptr + rows, mask=rows < end, other=0).to(tl.float32)
-        # of what backward sees, so that both agree
-        g, u = g.to(g_ptr.dtype.element_ty).to(tl.float32), u.to(u_ptr.dtype.element_ty).to(tl.float32)
-        h = g * tl.sigmoid(g) * u * weight[:, None]
-        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), live)
+        tl.store(g_ptr + first + at, g, live)
+        tl.store(u_ptr + first + at, u, live)
+        weight = tl.load(weight_ptr + order, mask=rows < end, other=0).to(tl.float32)
+        g = g.to(tl.float32)
+        h = g * tl.sigmoid(g) * u.to(tl.float32) * weight[:, None]
+        tl.store(h_ptr + first + at, h.to(h_ptr.dtype.element_ty), live)
 
 
 @triton.jit
@@ -248,11 +325,12 @@ def _add_product(
 
 @triton.jit
 def _act_back(
-    dh_ptr, weight_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dweight_ptr, n_rows,
+    dh_ptr, weight_ptr, order_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, dweight_ptr, n_rows,
     F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight = tl.load(weight_ptr + rows, mask=rows < n_rows, other=0).to(tl.float32)[:, None]
+    order = tl.load(order_ptr + rows, mask=rows < n_rows, other=0)
+    weight = tl.load(weight_ptr + order, mask=rows < n_rows, other=0).to(tl.float32)[:, None]
     dweight = tl.zeros((ROWS,), tl.float32)
     for first in tl.static_range(0, F, WIDTH):
         columns = first + tl.arange(0, WIDTH)
@@ -267,7 +345,7 @@ def _act_back(
         dh *= weight
         tl.store(dg_ptr + at, (dh * u * share * (1 + g - silu)).to(dg_ptr.dtype.element_ty), live)
         tl.store(du_ptr + at, (dh * silu).to(du_ptr.dtype.element_ty), live)
-    tl.store(dweight_ptr + rows, dweight, rows < n_rows)
+    tl.store(dweight_ptr + order, dweight, rows < n_rows)
 
 
 @triton.jit

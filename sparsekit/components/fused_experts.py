@@ -21,23 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import compute_dtype
+from sparsekit.components.contracts import Routing, compute_dtype
 from sparsekit.components.feedforward import SwiGLU
 from sparsekit.components.kernels import constant
 from sparsekit.components.linears import PlainLinear
-from sparsekit.components.sorted_rows import SortedRows, rows_of_tokens, summed
+from sparsekit.components.sorted_rows import summed
 
 STEP = 64  # both widths are multiples of it
-SHARED_MEMORY = 160 * 1024  # bytes of a processor that a program may take; what consumers' devices have is less
+MOST = 1024  # experts
+SHARED_MEMORY = 192 * 1024  # bytes of it that a program takes; what is built for anything but data centres has less
 
 
-def weights_of(experts: nn.Module, x_ND: Tensor) -> list[Tensor] | None:
+def weights_of(experts: nn.Module, x_ND: Tensor, routing: Routing) -> list[Tensor] | None:
     """(gate, up, down) of experts that this module can compute as they are, in the type that it computes in.
 
     None where they are another feed-forward, anything listens to their parts or stands in for them (hooks, other
-    forwards, weights that are spread over processes), or device or type are not what the kernels are for.
+    forwards, weights that are spread over processes), entries of the routing are unused or tokens have unequally many,
+    or device or type are not what the kernels are for.
     """
-    if not able(x_ND) or type(experts) is not SwiGLU:
+    if not able(x_ND) or type(experts) is not SwiGLU or routing.token_M is not None or not routing.complete:
         return None
     linears = [cast(PlainLinear, experts.gate), cast(PlainLinear, experts.up), cast(PlainLinear, experts.down)]
     plain = all(type(one).forward is PlainLinear.forward and one.bias is None for one in linears)
@@ -47,7 +49,7 @@ def weights_of(experts: nn.Module, x_ND: Tensor) -> list[Tensor] | None:
     weights = [linear.effective_weight() for linear in linears]
     if dtype != torch.bfloat16 or any(type(one) not in (Tensor, nn.Parameter) or one.ndim != 3 for one in weights):
         return None
-    if any(side % STEP for side in weights[0].shape[1:]):
+    if any(side % STEP for side in weights[0].shape[1:]) or weights[0].shape[0] > MOST or not x_ND.shape[0]:
         return None
     return [weight.to(dtype) for weight in weights]
 
@@ -79,42 +81,49 @@ def _able_once(device: int) -> bool:
     return True
 
 
-def fused(x_ND: Tensor, weight_NS: Tensor, weights: list[Tensor], rows: SortedRows) -> Tensor:
-    """For each token the weighted sum of its S experts' outputs, [N, D], in the wider type of tokens and weights.
+def fused(x_ND: Tensor, routing: Routing, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """For each token the weighted sum of its experts' outputs, and the end of each expert's rows, [E].
 
     Args:
-        weight_NS: of each token's assignments.
+        x_ND: tokens.
+        routing: every entry is used, and every token has equally many.
         weights: gate and up [E, F, D], down [E, D, F].
+
+    Returns:
+        [N, D] in the wider type of tokens and weights; int32 offsets.
     """
+    weight_NS = routing.weight_M.view(x_ND.shape[0], -1)
+    order_M, row_M, offsets_E = torch.ops.sparsekit.experts_sort(routing.expert_M, weights[0].shape[0])
     x = x_ND.to(weights[0].dtype).contiguous()
-    arguments = (weight_NS, *(weight.contiguous() for weight in weights), *rows[:3], rows_of_tokens(rows))
-    y_ND: Tensor = _Fused.apply(x, *arguments)  # type: ignore[no-untyped-call]
-    return y_ND
+    stacks = (weight.contiguous() for weight in weights)
+    y_ND: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
+        x, weight_NS.contiguous(), *stacks, order_M, row_M.view_as(weight_NS), offsets_E
+    )
+    return y_ND, offsets_E
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_NS: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor,
-        order_M: Tensor, token_M: Tensor, offsets_E: Tensor, back_NS: Tensor,
+        order_M: Tensor, row_NS: Tensor, offsets_E: Tensor,
     ) -> Tensor:  # fmt: skip
-        weight_M = weight_NS.flatten()[order_M]
-        g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, token_M, weight_M, offsets_E, gate_EFD, up_EFD)
-        y_ND = summed(F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E), None, back_NS)
-        ctx.save_for_backward(x_ND, gate_EFD, up_EFD, down_EDF, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF)
+        g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD)
+        y_ND = summed(F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E), None, row_NS)
+        ctx.save_for_backward(x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, g_MF, u_MF, h_MF)
         dtype = torch.promote_types(x_ND.dtype, weight_NS.dtype)
         return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gate_EFD, up_EFD, down_EDF, offsets_E, back_NS, weight_M, g_MF, u_MF, h_MF = ctx.saved_tensors
-        dy_MD = torch.ops.sparsekit.experts_spread(dy_ND.to(x_ND.dtype).contiguous(), back_NS)
+        x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, g_MF, u_MF, h_MF = ctx.saved_tensors
+        dy_MD = torch.ops.sparsekit.experts_spread(dy_ND.to(x_ND.dtype).contiguous(), row_NS)
         dh_MF = F.grouped_mm(dy_MD, down_EDF, offs=offsets_E)
         ddown_EDF = F.grouped_mm(dy_MD.T, h_MF, offs=offsets_E)
-        dg_MF, du_MF, dweight_M = torch.ops.sparsekit.experts_act_back(dh_MF, weight_M, g_MF, u_MF)
+        dg_MF, du_MF, dweight_NS = torch.ops.sparsekit.experts_act_back(dh_MF, weight_NS, order_M, g_MF, u_MF)
         dx_MD = torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
-        x_MD = torch.ops.sparsekit.experts_spread(x_ND, back_NS)
+        x_MD = torch.ops.sparsekit.experts_spread(x_ND, row_NS)
         dgate_EFD = F.grouped_mm(dg_MF.T, x_MD, offs=offsets_E)
         dup_EFD = F.grouped_mm(du_MF.T, x_MD, offs=offsets_E)
-        dx_ND = summed(dx_MD, None, back_NS).to(x_ND.dtype)
-        return dx_ND, dweight_M[back_NS].to(weight_M.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None, None
+        dx_ND = summed(dx_MD, None, row_NS).to(x_ND.dtype)
+        return dx_ND, dweight_NS.to(weight_NS.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None

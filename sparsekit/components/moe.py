@@ -71,9 +71,8 @@ class Mixture(FeedForward):
 
     def send(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """sum of w FFN_e(x_t) over the assignments (t, e, w) of each token t, and how many each expert has, [E]."""
-        rows = sort_rows(routing, x_ND.shape[0], self.n_experts)
-        counts_E = rows.offsets_E.diff(prepend=rows.offsets_E.new_zeros(1))
-        return self.dispatch(x_ND, routing, rows, context), counts_E
+        y_ND, offsets_E = self.dispatch(x_ND, routing, context)
+        return y_ND, offsets_E.diff(prepend=offsets_E.new_zeros(1))
 
     def count(self, counts_E: Tensor, n_tokens: int) -> None:
         """Tokens an expert over all tokens; the largest over the mean; entropy of the shares over log E."""
@@ -83,12 +82,16 @@ class Mixture(FeedForward):
         self.record("load_max", share_E.max() * self.n_experts)
         self.record("load_entropy", -torch.special.xlogy(share_E, share_E).sum() / math.log(max(2, self.n_experts)))
 
-    def _grouped(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
+    def _grouped(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Sorted by expert, the tokens of one expert are consecutive rows, and all experts run at once."""
-        order_M, token_M = rows.order_M, rows.token_M
-        weights = weights_of(self.experts, x_ND) if routing.token_M is None and routing.complete else None
+        weights = weights_of(self.experts, x_ND, routing)
         if weights is not None:
-            return fused(x_ND, routing.weight_M.view(-1, rows.slots), weights, rows)
+            return fused(x_ND, routing, weights)
+        rows = sort_rows(routing, x_ND.shape[0], self.n_experts)
+        return self._by_rows(x_ND, routing, rows, context), rows.offsets_E
+
+    def _by_rows(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
+        order_M, token_M = rows.order_M, rows.token_M
         inside = self._inside(context, ExpertGroups(rows.offsets_E, complete=routing.complete), token_M)
         if routing.token_M is None:
             back_NS = rows_of_tokens(rows)
@@ -112,7 +115,7 @@ class Mixture(FeedForward):
         ids_M = None if context.ids_BT is None else context.ids_BT.reshape(-1)[token_M]
         return replace(context, groups=groups, ids_BT=ids_M, documents_BT=None, positions_BT=None, seq_len=None)
 
-    def _loop(self, x_ND: Tensor, routing: Routing, rows: SortedRows, context: ForwardContext) -> Tensor:
+    def _loop(self, x_ND: Tensor, routing: Routing, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The formula, expert by expert."""
         n_rows = routing.expert_M.shape[0]
         token_M = routing.token_M
@@ -125,7 +128,7 @@ class Mixture(FeedForward):
             expert = self.experts[index] if isinstance(self.experts, nn.ModuleList) else self.experts
             y = expert(x_ND[token_M[own]], self._inside(context, ExpertGroups(expert=index), token_M[own]))
             y_ND = y_ND.index_add(0, token_M[own], (y * routing.weight_M[own][:, None]).to(y_ND.dtype))
-        return y_ND
+        return y_ND, sort_rows(routing, x_ND.shape[0], self.n_experts).offsets_E
 
     def _own(self, expert_M: Tensor, index: int) -> Tensor:
         """Where the assignments to an expert stand; on the meta device, as many as if loads were even."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsekit.components import fused_experts
 from sparsekit.components.contracts import ForwardContext, Routing
 from sparsekit.components.fused_experts import fused, weights_of
-from sparsekit.components.sorted_rows import sort_rows
+from sparsekit.components.moe import Mixture
 from sparsekit.model.build import build_model
 
 MIXTURE = {
@@ -28,6 +28,8 @@ MIXTURE = {
     "router": {"type": "top_k", "k": 2},
     "expert": {"type": "swiglu", "d_ff": 192},
 }
+
+ROUTING = Routing.per_token(torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
 
 
 def mixture(ffn: dict, device: str, dtype: torch.dtype, d_model: int = 128) -> nn.Module:
@@ -63,23 +65,28 @@ def near(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> N
 def products(monkeypatch) -> None:
     """The operators as triton's kernels define them where there is triton, in plain torch."""
 
-    def experts_up(x, token, weight, offsets, gate, up):
-        e = owners(token.shape[0], offsets)
+    def experts_sort(expert, n_experts):
+        order = expert.argsort(stable=True)
+        return order, order.argsort(), expert.bincount(minlength=n_experts).cumsum(0).int()
+
+    def experts_up(x, weight, order, offsets, gate, up):
+        e, token = owners(order.shape[0], offsets), order // weight.shape[1]
         g, u = (torch.einsum("md,mfd->mf", x[token], w[e]) for w in (gate, up))
-        return g, u, F.silu(g) * u * weight[:, None]
+        return g, u, (F.silu(g) * u * weight.flatten()[order][:, None]).to(x.dtype)
 
     def experts_up_back(dg, du, offsets, gate, up):
         e = owners(dg.shape[0], offsets)
         return torch.einsum("mf,mfd->md", dg, gate[e]) + torch.einsum("mf,mfd->md", du, up[e])
 
-    def experts_act_back(dh, weight, g, u):
-        sigma = g.sigmoid()
+    def experts_act_back(dh, weight, order, g, u):
+        sigma, w = g.sigmoid(), weight.flatten()[order][:, None]
+        dweight = torch.zeros(order.shape[0]).scatter(0, order, (dh * F.silu(g) * u).float().sum(-1))
         slope = sigma + g * sigma * (1 - sigma)
-        return dh * weight[:, None] * u * slope, dh * weight[:, None] * F.silu(g), (dh * F.silu(g) * u).sum(-1)
+        return (dh * w * u * slope).to(g.dtype), (dh * w * F.silu(g)).to(g.dtype), dweight.view_as(weight)
 
     plain = SimpleNamespace(
-        experts_up=experts_up, experts_up_back=experts_up_back, experts_act_back=experts_act_back,
-        experts_spread=lambda x, back: x[back.flatten().argsort() // back.shape[1]],
+        experts_sort=experts_sort, experts_up=experts_up, experts_up_back=experts_up_back,
+        experts_act_back=experts_act_back, experts_spread=lambda x, row: x[row.flatten().argsort() // row.shape[1]],
     )  # fmt: skip
     monkeypatch.setattr(torch.ops, "sparsekit", plain)
 
@@ -102,8 +109,8 @@ def test_gradients_are_those_of_the_formula(products, n_tokens, n_experts, k, al
     expert_NK = scores_NE.topk(k).indices
     drawn = [(n_tokens, d_model), (n_tokens, k), *[(n_experts, d_ff, d_model)] * 2, (n_experts, d_model, d_ff)]
     x, weight, gate, up, down = leaves = [torch.randn(sides).requires_grad_() for sides in drawn]
-    rows = sort_rows(Routing.per_token(expert_NK, weight), n_tokens, n_experts)
-    found = fused(x, weight, [gate, up, down], rows)
+    found, offsets_E = fused(x, Routing.per_token(expert_NK, weight), [gate, up, down])
+    assert offsets_E.tolist() == expert_NK.flatten().bincount(minlength=n_experts).cumsum(0).tolist()
     own = [w[expert_NK] for w in (gate, up, down)]  # [N, K, ...]
     g, u = (torch.einsum("nd,nkfd->nkf", x, w) for w in own[:2])
     wanted = torch.einsum("nkf,nkdf,nk->nd", F.silu(g) * u, own[2], weight)
@@ -117,7 +124,7 @@ def test_gradients_are_those_of_the_formula(products, n_tokens, n_experts, k, al
 
 def test_a_cpu_has_no_use_for_them():
     layer = mixture(MIXTURE, "cpu", torch.bfloat16)
-    assert weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16)) is None
+    assert weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16), ROUTING) is None
 
 
 @pytest.fixture
@@ -137,11 +144,11 @@ def as_on_a_gpu(monkeypatch) -> None:
 )
 def test_which_experts_they_are_for(as_on_a_gpu, expert, fits):
     layer = mixture({**MIXTURE, "expert": expert}, "cpu", torch.bfloat16)
-    assert (weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16)) is not None) == fits
+    assert (weights_of(layer.experts, torch.zeros(4, 128, dtype=torch.bfloat16), ROUTING) is not None) == fits
     single = torch.zeros(4, 128)
-    assert weights_of(layer.experts, single) is None  # float32 is not what the kernels are for
+    assert weights_of(layer.experts, single, ROUTING) is None  # float32 is not what the kernels are for
     with torch.autocast("cpu", torch.bfloat16):
-        assert (weights_of(layer.experts, single) is not None) == fits
+        assert (weights_of(layer.experts, single, ROUTING) is not None) == fits
 
 
 def test_who_listens_is_told(as_on_a_gpu):
@@ -150,14 +157,36 @@ def test_who_listens_is_told(as_on_a_gpu):
     layer = mixture(MIXTURE, "cpu", torch.bfloat16)
     for part in (layer.experts, layer.experts.down, layer.experts.activation):
         handle = part.register_forward_hook(lambda *_: None)
-        assert weights_of(layer.experts, x) is None
+        assert weights_of(layer.experts, x, ROUTING) is None
         handle.remove()
         handle = part.register_forward_pre_hook(lambda *_: None)
-        assert weights_of(layer.experts, x) is None
+        assert weights_of(layer.experts, x, ROUTING) is None
         handle.remove()
-    assert weights_of(layer.experts, x) is not None
+    assert weights_of(layer.experts, x, ROUTING) is not None
     layer.experts.forward = lambda x, context: x
-    assert weights_of(layer.experts, x) is None
+    assert weights_of(layer.experts, x, ROUTING) is None
+
+
+def test_routings_with_unused_or_unequal_entries_go_the_other_way(as_on_a_gpu):
+    layer, x = mixture(MIXTURE, "cpu", torch.bfloat16), torch.zeros(4, 128, dtype=torch.bfloat16)
+    assert weights_of(layer.experts, x, ROUTING._replace(complete=False)) is None
+    assert weights_of(layer.experts, x, ROUTING._replace(token_M=torch.zeros(8, dtype=torch.int64))) is None
+
+
+def test_a_mixture_takes_them_where_it_can_compiled_in_one_graph(as_on_a_gpu, products, monkeypatch):
+    """The whole layer with plain products in place of the kernels, against its loop: outputs, gradients, counters."""
+    layer = mixture(MIXTURE, "cpu", torch.bfloat16)
+    skewed(layer)
+    exact = mixture({**MIXTURE, "dispatch": "loop"}, "cpu", torch.float32)
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 50, 128).bfloat16()
+    x[..., 0] = 1
+    dy = torch.randn_like(x)
+    wanted = ran(exact, x.float(), dy.float())
+    monkeypatch.delattr(Mixture, "_by_rows")
+    layer.compile(backend="aot_eager", fullgraph=True)
+    near(ran(layer, x, dy), wanted, 0.02)
+    assert torch.equal(layer.load.float(), exact.load)
 
 
 # --- in Triton's interpreter, and as machine code for an H100
@@ -187,24 +216,35 @@ for n_experts, d_model, d_ff, n, k in ((3, 64, 48, 20, 2), (5, 32, 32, 7, 1), (4
     if k == 3:
         expert[:] = 2  # all but one to one, some without a row
         expert[5] = 0
-    expert, order = expert.sort(stable=True)
-    token, offsets = order // k, torch.searchsorted(expert, torch.arange(n_experts), right=True).int()
-    x, weight = torch.randn(n, d_model), torch.rand(n * k)
+    order, row, offsets = kernels.sort(expert, n_experts)
+    expert, wanted = expert.sort(stable=True)
+    assert order.equal(wanted) and row.equal(order.argsort())
+    assert offsets.equal(torch.searchsorted(expert, torch.arange(n_experts), right=True).int())
+    token = order // k
+    x, weight = torch.randn(n, d_model), torch.rand(n, k)
     gate, up = (torch.randn(n_experts, d_ff, d_model) / 8 for _ in range(2))
     plan = Plan(16, 32, 16)
-    near(kernels.spread(x, order.argsort().view(n, k)), x[token])
-    g, u, h = kernels.up(x, token, weight, offsets, gate, up, plan)
+    near(kernels.spread(x, row.view(n, k)), x[token])
+    g, u, h = kernels.up(x, weight, order, offsets, gate, up, plan)
     near(g, torch.einsum("md,mfd->mf", x[token], gate[expert]))
     near(u, torch.einsum("md,mfd->mf", x[token], up[expert]))
     leaves = [one.clone().requires_grad_() for one in (g, u, weight)]
-    wanted = F.silu(leaves[0]) * leaves[1] * leaves[2][:, None]
+    wanted = F.silu(leaves[0]) * leaves[1] * leaves[2].flatten()[order][:, None]
     near(h, wanted.detach())
     dh = torch.randn_like(h)
-    back = kernels.act_back(dh, weight, g, u)
+    back = kernels.act_back(dh, weight, order, g, u)
     for ours, theirs in zip(back, torch.autograd.grad(wanted, leaves, dh)):
         near(ours, theirs)
     dx = kernels.up_back(*back[:2], offsets, gate, up, plan)
     near(dx, torch.einsum("mf,mfd->md", back[0], gate[expert]) + torch.einsum("mf,mfd->md", back[1], up[expert]))
+for n_experts, n in ((1, 1), (3, 500), (40, 900), (64, 70), (200, 300)):  # several shares, many chunks
+    for kernels.SHARES, kernels.CHUNK in ((256, 8192), (3, 128), (1, 1)):
+        expert = torch.randint(0, n_experts, (n,)) if n != 70 else torch.full((n,), 7)
+        order, row, offsets = kernels.sort(expert, n_experts)
+        assert order.equal(expert.argsort(stable=True)) and row.equal(order.argsort())
+        assert offsets.equal(expert.bincount(minlength=n_experts).cumsum(0).int())
+        if kernels.CHUNK == 1:
+            break
 print("all agree")
 """
 
@@ -216,6 +256,36 @@ def test_kernels_agree_in_the_interpreter():
         [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100(tmp_path):
+    """Products run on its tensor cores and are fed 16 bytes at a time, copied past the registers; nothing spills."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sparsekit.components import expert_kernels as kernels
+    from tests.sparsifiers.test_triton_kernels import code_for_an_h100, resources
+
+    half, whole, indices = "*bf16", "*fp32", "*i64"
+    for d_model, d_ff, slots in ((1536, 576, 8), (768, 512, 4), (1536, 2304, 2), (128, 128, 1)):
+        plan = kernels.up_plan(d_ff)
+        places = {"weight_ptr": whole, "order_ptr": indices, "offsets_ptr": "*i32"}
+        named = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "g_ptr", "u_ptr", "h_ptr"), half)
+        sizes = {"EXPERTS": 64, "ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth, "F": d_ff, "D": d_model}
+        found = [
+            code_for_an_h100(kernels._up, {**named, **places}, {"n_experts": 64}, plan, **sizes, SLOTS=slots),
+        ]
+        plan = kernels.UP_BACK
+        named = dict.fromkeys(("dg_ptr", "du_ptr", "gate_ptr", "up_ptr", "dx_ptr"), half)
+        sizes |= {"ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth}
+        found.append(
+            code_for_an_h100(kernels._up_back, {**named, "offsets_ptr": "*i32"}, {"n_experts": 64}, plan, **sizes)
+        )
+        for code in found:
+            used = resources(code, tmp_path)
+            assert used["STACK"] == used["LOCAL"] == 0, (d_model, d_ff, used)
+            assert "wgmma.mma_async" in code.asm["ptx"] and "cp.async.cg.shared.global" in code.asm["ptx"]
+            assert "cp.async.ca" not in code.asm["ptx"]
+            assert code.metadata.shared <= fused_experts.SHARED_MEMORY
 
 
 # --- on a GPU
@@ -238,13 +308,13 @@ def test_fused_experts_agree_with_the_loop_on_a_gpu(gpu, compiled, d_ff):
     x = torch.randn(3, 100, 128, device="cuda", dtype=torch.bfloat16)
     x[..., 0] = 1
     dy = torch.randn_like(x)
-    assert weights_of(layer.experts, x[0]) is not None
+    assert weights_of(layer.experts, x[0], ROUTING) is not None
     exact = mixture({**ffn, "dispatch": "loop"}, "cuda", torch.float32)
     exact.load_state_dict(layer.state_dict())
     wanted = ran(exact, x.float(), dy.float())
     unfused = copy.deepcopy(layer)
     unfused.experts.down.register_forward_hook(lambda *_: None)
-    assert weights_of(unfused.experts, x[0]) is None
+    assert weights_of(unfused.experts, x[0], ROUTING) is None
     others = ran(unfused, x, dy)
     if compiled:
         layer.compile(fullgraph=True)
@@ -269,7 +339,7 @@ def test_fused_experts_under_autocast_on_a_gpu(gpu):
     wanted = ran(exact, x, dy)
     layer.compile(fullgraph=True)
     with torch.autocast("cuda", torch.bfloat16):
-        assert weights_of(layer.experts, x[0]) is not None
+        assert weights_of(layer.experts, x[0], ROUTING) is not None
         found = ran(layer, x, dy)
     assert all(value.dtype == torch.float32 for value in found.values())
     near(found, wanted, 0.03)

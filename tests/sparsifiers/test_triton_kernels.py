@@ -84,7 +84,8 @@ def code_for_an_h100(kernel: Any, tensors: dict[str, str], sizes: dict[str, int]
     fixed = constants | {name: size for name, size in sizes.items() if size == 1}
     places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernel, signature, places, attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps})
+    stages = {} if "STAGES" in constants else {"num_stages": plan.stages}  # or the kernel's loop tells them
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps, **stages})
 
 
 def resources(code: Any, folder: Path) -> dict[str, int]:
