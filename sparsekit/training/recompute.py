@@ -14,6 +14,7 @@ from sparsekit.model.decoder import Decoder
 # What is dear to compute, by operator: the results of matrix products, of attention, and what other processes sent.
 KEPT = {
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "sparsekit::grouped_mm",
+    "sparsekit::experts_up",
     "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flex_attention", "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsekit.components.contracts import ForwardContext, attach_loss
+from sparsekit.components.routers import largest
 from sparsekit.errors import SparsekitError
 from sparsekit.model.build import build_model
 
@@ -203,6 +204,17 @@ def test_expert_groups(router, randn, k, n_groups, k_groups, score):
 def test_groups_that_do_not_fit_are_refused(tiny, moe, params, message):
     with pytest.raises(SparsekitError, match=message):
         build_model(tiny(ffn=moe(router={"type": "top_k", "k": 2, **params})))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 9])
+def test_compiled_the_same_experts_are_chosen(randn, k):
+    """One after the other for a few, equal scores included; in another order of operations only."""
+    scores = randn(200, 12)
+    scores[5] = scores[5].sign()  # many are equal: any k of the largest are right
+    found = torch.compile(largest, backend="eager", fullgraph=True, dynamic=False)(scores, k)
+    values = scores.gather(1, found)
+    torch.testing.assert_close(values, scores.topk(k).values, rtol=0, atol=0)
+    assert all(len(set(row)) == k for row in found.tolist())
 
 
 # --- balancing by a bias
