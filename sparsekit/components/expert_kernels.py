@@ -50,7 +50,7 @@ def sort(expert_M: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
     By counting: no key is moved, and those of an expert stay in the order in which they came.
     """
-    n_rows, experts = expert_M.shape[0], triton.next_power_of_2(n_experts)
+    n_rows, experts = expert_M.shape[0], _padded(n_experts)
     chunk = max(CHUNK // experts, 1)
     share = triton.cdiv(triton.cdiv(n_rows, SHARES), chunk) * chunk
     n_shares = triton.cdiv(n_rows, share)
@@ -145,7 +145,12 @@ def _grid(rows_M: Tensor, n_experts: int, width: int, plan: Plan) -> tuple[int]:
 
 def _shape(n_experts: int, plan: Plan) -> dict[str, int]:
     sizes = {"ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth}
-    return {"EXPERTS": triton.next_power_of_2(n_experts), **sizes, "num_warps": plan.warps, "num_stages": plan.stages}
+    return {"EXPERTS": _padded(n_experts), **sizes, "num_warps": plan.warps, "num_stages": plan.stages}
+
+
+def _padded(n_experts: int) -> int:
+    """A table of experts is as long as a power of two."""
+    return max(2, triton.next_power_of_2(n_experts))
 
 
 # ---- as operators, in which a compiler sees the launches ----

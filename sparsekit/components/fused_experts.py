@@ -93,7 +93,7 @@ def fused(x_ND: Tensor, routing: Routing, weights: list[Tensor]) -> tuple[Tensor
         [N, D] in the wider type of tokens and weights; int32 offsets.
     """
     weight_NS = routing.weight_M.view(x_ND.shape[0], -1)
-    order_M, row_M, offsets_E = torch.ops.sparsekit.experts_sort(routing.expert_M, weights[0].shape[0])
+    order_M, row_M, offsets_E = torch.ops.sparsekit.experts_sort(routing.expert_M.contiguous(), weights[0].shape[0])
     x = x_ND.to(weights[0].dtype).contiguous()
     stacks = (weight.contiguous() for weight in weights)
     y_ND: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
