@@ -48,7 +48,9 @@ def _new() -> None:
 
 @new.command()
 def plugin(
-    name: Annotated[str, typer.Argument(help="Of the package, such as sharp-router.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="Of the package, such as sharp-router; x is sparsekit-x.", show_default=False)
+    ],
     kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(THEN)}.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where its folder goes.")] = Path("."),
 ) -> None:
@@ -72,6 +74,7 @@ def write_plugin(name: str, kind: str, out: Path) -> Path:
             raise SparsekitError(f"--kind {kind}: there is no template of it{kinds}; begin with the nearest")
         raise SparsekitError(f"--kind {kind}: unknown kind{did_you_mean(kind, THEN)}{kinds}")
     demand_free(name, kind)
+    name = package_of(name)
     folder = out / name
     if os.path.lexists(folder):
         raise SparsekitError(f"{folder}: is there already; choose another name, or another --out")
@@ -98,9 +101,18 @@ def write_plugin(name: str, kind: str, out: Path) -> Path:
     return folder
 
 
+def package_of(name: str) -> str:
+    """What is installed, and the folder that it lies in.
+
+    A folder that is called as the module inside it would be imported in its place by ``python -m`` beside it, so that
+    a single word x becomes ``sparsekit-x``.
+    """
+    return name if "-" in name else f"{OURSELVES}-{name}"
+
+
 def module_of(name: str) -> str:
     """What is imported."""
-    return name.replace("-", "_")
+    return package_of(name).replace("-", "_")
 
 
 def entry_of(name: str) -> str:

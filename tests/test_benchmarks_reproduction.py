@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.reproduction import page, pool, protocol
 from sparsekit.data.shards import MANIFEST, ShardWriter, open_shards, verify_shards
+from sparsekit.errors import DataError
 from sparsekit.files import write_json
 from sparsekit.studies import stages, study
 from sparsekit.studies.laws import RELU, SILU
@@ -127,11 +128,11 @@ def copy(tmp_path) -> Path:
     return target
 
 
-def test_of_no_study_it_says_that_it_was_not_run(copy, tmp_path):
-    page.write(tmp_path / "nothing", copy, tmp_path / "figures")
-    told = copy.read_text(encoding="utf-8")
-    assert told.count("| not run |") == told.count("Not run") == len(protocol.STUDIES)
-    assert not (tmp_path / "figures").exists()
+def test_a_folder_without_studies_is_refused_and_nothing_written(copy, tmp_path):
+    before = copy.read_text(encoding="utf-8")
+    with pytest.raises(DataError, match=r"nothing: holds no study with one seed to its end; run one first"):
+        page.write(tmp_path / "nothing", copy, tmp_path / "figures")
+    assert copy.read_text(encoding="utf-8") == before and not (tmp_path / "figures").exists()
 
 
 def test_verdicts_are_of_the_seeds_that_every_variant_has(planned, copy, tmp_path, capsys):
@@ -161,6 +162,11 @@ def test_verdicts_are_of_the_seeds_that_every_variant_has(planned, copy, tmp_pat
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["done"] * 5 + ["to run"]
     assert rows[2]["causal/causal"] == "1.002"
+    assert told.count("| not run |") == told.count("Not run") == len(protocol.STUDIES) - 1
+    before = page.PAGE.read_bytes()
+    page.write(tmp_path / "out")  # not told where, beside the studies
+    assert "](figures/depth-0.svg)" in (tmp_path / "out" / "REPRODUCTION.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "figures" / "runs.csv").exists() and page.PAGE.read_bytes() == before
     assert "depth: " in capsys.readouterr().out and (tmp_path / "out" / "depth" / "report.html").exists()
 
 
@@ -199,6 +205,8 @@ def test_pieces_are_those_of_the_text_in_another_order(tmp_path):
     write_json(text / MANIFEST, told)
     protocol.in_pieces(text, pieces, 16, seed=1)
     verify_shards(pieces)
+    with pytest.raises(DataError, match="pieces: is there already"):
+        protocol.in_pieces(text, pieces, 16, seed=1)
     before, after = (np.concatenate([shard.tokens for shard in open_shards(f, "train").shards]) for f in (text, pieces))
     whole = len(before) // 16 * 16
     cut, shuffled = (tokens[:whole].reshape(-1, 16).tolist() for tokens in (before, after))

@@ -7,7 +7,9 @@
 
 `run` takes the runs of all studies into one pool of processes that share the GPU, the first seed of every variant
 first. It goes on where it was stopped, and packs what is finished into OUT/<study>.tar.xz, without checkpoints; from
-such files it goes on too. `write` needs nothing else. `--set base.train.max_steps=600` changes every study named.
+such files it goes on too. `--set base.train.max_steps=600` changes every study named. `write` needs nothing else, and
+leaves this repository's page alone unless it is told to fill it: --page benchmarks/REPRODUCTION.md --figures
+benchmarks/reproduction.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.reproduction.page import FIGURES, PAGE, write
+from benchmarks.reproduction.page import write
 from benchmarks.reproduction.pool import run
 from benchmarks.reproduction.protocol import STUDIES, in_pieces, prepare
 from sparsekit.errors import SparsekitError
@@ -32,9 +34,9 @@ def main() -> None:
     first = verbs.add_parser("prepare", help="text to token shards")
     for name in ("train", "validation", "text"):
         first.add_argument(name, type=Path)
-    first.add_argument("--tokens", type=int, default=20_500_000, help="of training text, at most")
+    first.add_argument("--tokens", type=int, default=20_500_000, help="of training text, to the end of a document")
     first.add_argument("--vocabulary", type=int, default=32768)
-    first.add_argument("--separator", default="\x1e", help="the line that divides documents")
+    first.add_argument("--separator", default="\x1e", help="the line that divides documents (the character 1e)")
     first.set_defaults(do=prepare)
     second = verbs.add_parser("run", help="the studies")
     second.add_argument("text", type=Path)
@@ -46,8 +48,8 @@ def main() -> None:
     second.set_defaults(do=run)
     third = verbs.add_parser("write", help="tables, verdicts, figures, reports")
     third.add_argument("out", type=Path)
-    third.add_argument("--page", type=Path, default=PAGE)
-    third.add_argument("--figures", type=Path, default=FIGURES)
+    third.add_argument("--page", type=Path, help="that is filled; OUT/REPRODUCTION.md if not told")
+    third.add_argument("--figures", type=Path, help="a folder; OUT/figures if not told")
     third.set_defaults(do=write)
     fourth = verbs.add_parser("pieces", help="a text's training tokens in pieces that are shuffled")
     fourth.add_argument("text", type=Path)

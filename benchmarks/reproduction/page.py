@@ -1,4 +1,4 @@
-"""Fills benchmarks/REPRODUCTION.md with what came of the studies, in tables, verdicts, figures; and their reports."""
+"""Fills a page such as benchmarks/REPRODUCTION.md with what came of the studies: tables, verdicts, figures; reports."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from sparsekit.studies import stages, study, table
 from sparsekit.studies.compare import Comparer, deviation
 from sparsekit.studies.laws import PUBLISHED, RELU, SILU, Law, fit_relu, fit_silu, points_of
 from sparsekit.studies.plan import Plan, PlannedRun, expand
-from sparsekit.studies.spec import ClaimSpec, load_study
+from sparsekit.studies.spec import ClaimSpec, label, load_study
 
-PAGE = Path(__file__).resolve().parents[1] / "REPRODUCTION.md"
-FIGURES = Path(__file__).resolve().parent
+PAGE = Path(__file__).resolve().parents[1] / "REPRODUCTION.md"  # of which others are copies
 
 # what is told of every study: a column's title and its measure
 MEASURES = {
@@ -39,9 +38,19 @@ MEASURES = {
 }
 
 
-def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
-    """Fills the page's parts between their markers, and writes the figures and each study's report."""
-    text = page.read_text(encoding="utf-8")
+def write(out: Path, page: Path | None = None, figures: Path | None = None) -> None:
+    """Fills the page's parts between their markers, and writes the figures and each study's report.
+
+    Args:
+        out: where the studies are.
+        page: by default ``REPRODUCTION.md`` there, a copy of this repository's where there is none yet.
+        figures: by default ``figures`` there; ``runs.csv`` goes with them.
+
+    Raises:
+        DataError: there is no study in ``out`` with one seed to its end.
+    """
+    page, figures = page or out / PAGE.name, figures or out / "figures"
+    text = (page if page.exists() else PAGE).read_text(encoding="utf-8")
     parts: dict[str, str] = {}
     verdicts: list[str] = []
     runs: list[list[Any]] = []
@@ -59,6 +68,8 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
             [told.head(), told.settings(), told.claims(), *told.drawn(figures, page.parent), *told.laws()]
         )
         say(f"{name}: {told.results.written.get('report', 'no report')}")
+    if not runs:
+        raise DataError(f"{out}: holds no study with one seed to its end; run one first, or give another folder")
     head = ["| study | claim | verdict | difference, 95% | seed sd |", "|---|---|---|---|---|"]
     parts["verdicts"] = "\n".join(head + verdicts)
     if moved:
@@ -66,9 +77,7 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         sentence = f"With the released code's measures {len(differ)} of {len(moved)} verdicts are others"
         parts["verdicts"] += "\n\n" + "\n".join([f"{sentence}{':' if differ else '.'}", *(f"* {d}" for d in differ)])
     columns = ["study", "run", "status", "step", "tokens", "parameters", *MEASURES.values()]
-    if runs:
-        figures.mkdir(parents=True, exist_ok=True)
-        table.write(figures, "runs", columns, runs)
+    table.write(figures, "runs", columns, runs)
     text = filled(text, parts)
     with written_whole(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -194,14 +203,18 @@ class Told:
     def verdicts(self) -> list[str]:
         lines = []
         for claim, told in self.judged:
-            cells = [self.name, claim.says, f"**{told.verdict}**", difference(told), self.seed_spread(claim.measure)]
+            cells = [self.name, claim.says, f"**{told.verdict}**", difference(told), self.seed_spread(claim)]
             lines.append(f"| {' | '.join(cells)} |")
         return lines
 
-    def seed_spread(self, measure: str) -> str:
-        """Deviation from seed to seed of one setting, pooled over settings."""
-        at = self.comparer.at(measure)
-        places = [[v for (p, _), v in at.items() if p == place] for place in dict.fromkeys(p for p, _ in at)]
+    def seed_spread(self, claim: ClaimSpec) -> str:
+        """Deviation from seed to seed of one setting, pooled over those that the claim is of."""
+        at, factors = self.comparer.at(claim.measure), self.plan.factors
+        held = {self.plan.factor(name): label(value) for name, value in claim.where.items()}
+        settings = [
+            p for p in dict.fromkeys(p for p, _ in at) if all(factors[i].label(p[i]) == v for i, v in held.items())
+        ]
+        places = [[v for (p, _), v in at.items() if p == setting] for setting in settings]
         several = [deviation(found) ** 2 for found in places if len(found) > 1]
         return plain(math.sqrt(math.fsum(several) / len(several)), 2) if several else ""
 

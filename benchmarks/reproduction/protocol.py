@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsekit.data.shards import MANIFEST, ShardWriter, open_shards, read_manifest
+from sparsekit.errors import DataError
 from sparsekit.files import write_json
 
 SPECS = Path(__file__).resolve().parents[2] / "specs" / "studies"
@@ -115,6 +116,10 @@ def prepare(train: Path, validation: Path, text: Path, tokens: int, vocabulary: 
     subprocess.run(command, check=True)
     size = sum(path.stat().st_size for path in text.iterdir())
     print(f"{text}: {size / 2**20:.0f} MiB in {time.perf_counter() - began:.0f} s")
+    if read_manifest(text)["splits"]["train"]["n_documents"] == 1:
+        print(
+            f"all of {train} is one document: no line of it is {separator!r}; --separator says what divides documents"
+        )
 
 
 def in_pieces(text: Path, pieces: Path, length: int, seed: int) -> None:
@@ -122,7 +127,12 @@ def in_pieces(text: Path, pieces: Path, length: int, seed: int) -> None:
 
     Not of the protocol: it tells what longer sequences do from what fewer documents in a batch do, as a batch of long
     sequences of this text is as varied as one of short ones.
+
+    Raises:
+        DataError: there is something at ``pieces``.
     """
+    if pieces.exists():
+        raise DataError(f"{pieces}: is there already; remove it, or give another folder")
     shutil.copytree(text, pieces, ignore=shutil.ignore_patterns("train-*", MANIFEST))
     manifest = read_manifest(text)
     whole = open_shards(text, "train")

@@ -121,17 +121,19 @@ def test_the_command(tmp_path: Path) -> None:
         (["sparsekit-2d", "--kind", "ffn"], "'sparsekit-2d': what follows sparsekit- begins with a digit"),
         (["swiglu", "--kind", "ffn"], "'swiglu': ffn 'swiglu' is already registered by sparsekit; choose another name"),
         (["sparsekit-swiglu", "--kind", "ffn"], "ffn 'swiglu' is already registered by sparsekit"),
-        (["json", "--kind", "ffn"], "'json': a module 'json' is installed already; choose another name"),
-        (["sparsekit", "--kind", "ffn"], "'sparsekit': a module 'sparsekit' is installed already"),
-        (["there", "--kind", "ffn"], "there: is there already; choose another name, or another --out"),
+        (
+            ["typing-extensions", "--kind", "ffn"],
+            "'typing-extensions': a module 'typing_extensions' is installed already; choose another name",
+        ),
+        (["there", "--kind", "ffn"], "sparsekit-there: is there already; choose another name, or another --out"),
         (["x", "--kind", "ffn", "--out", "file"], "file: cannot be written ("),
     ],
 )
 def test_what_is_refused_leaves_nothing(arguments: list[str], says: str, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
+    (tmp_path / "sparsekit-there").mkdir()
     (tmp_path / "file").write_text("")
     refused("new", "plugin", *arguments, says=says, cwd=tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "there"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "sparsekit-there"]
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
