@@ -41,6 +41,8 @@ LAYERS = {
 WITHIN_COMPONENTS = {
     "fused_kernels": {"contracts", "kernels"},
     "attention": {"contracts", "kernels"},  # the mask rule, which is the kernels' contract
+    "moe": {"contracts", "sorted_rows", "fused_experts"},  # the way to experts and back, plain and in kernels
+    "fused_experts": {"contracts", "sorted_rows"},
     "feedforward": {"contracts", "activations"},  # swiglu, geglu and reglu are each defined by one activation
 }
 ALWAYS = {"contracts"}

@@ -6,7 +6,7 @@ F d_ff, N tokens (B·T), E experts, M assignments of a token to an expert, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -252,6 +252,10 @@ class Linear(Component):
         """The weight that forward multiplies with, shaped as ``weight``."""
         return self.weight
 
+    def only_weight(self) -> Tensor | None:
+        """The weight where forward is a product with it and nothing besides, so that a kernel can take its place."""
+        return None
+
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         raise NotImplementedError
 
@@ -333,6 +337,11 @@ class FeedForward(Component):
 
     token_wise: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
+
+    def silu_gated(self) -> tuple[Linear, Linear, Linear] | None:
+        """(gate, up, down) where it is W_down (silu(W_gate x) * W_up x) and nothing besides, so that a kernel can take
+        its place."""
+        return None
 
     def stacked_experts(self) -> nn.Module | None:
         """The child whose projections hold one matrix an expert, called as ``child(x_MD, context)`` with rows sorted by
@@ -440,6 +449,12 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     # not is_autocast_available, in which torch 2.11's compiler breaks a graph
     autocasts = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocasts else dtype
+
+
+def constant(function: Callable[..., bool]) -> Callable[..., bool]:
+    """``torch.compiler.assume_constant_result``, which loads the whole compiler, a second of a start, to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,15 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from sparsekit.components.activations import GELU, ReLU, SiLU
-from sparsekit.components.contracts import Activation, Build, FeedForward, ForwardContext, divided, projections
+from sparsekit.components.contracts import (
+    Activation,
+    Build,
+    FeedForward,
+    ForwardContext,
+    Linear,
+    divided,
+    projections,
+)
 from sparsekit.spec.facts import Facts
 from sparsekit.spec.slot import Choice, Slot, pick
 
@@ -61,6 +69,10 @@ class GatedBase(FeedForward):
     def split(self, n: int) -> dict[str, int]:
         divided("d_ff", self.params.d_ff, n)
         return {"gate": 0, "up": 0, "down": 1}
+
+    def silu_gated(self) -> tuple[Linear, Linear, Linear] | None:
+        usual = type(self).forward is GatedBase.forward and type(self.activation) is SiLU
+        return (self.gate, self.up, self.down) if usual else None
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         gate, up = projections(x_BTD, context, self.gate, self.up)

@@ -21,10 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Routing, compute_dtype
-from sparsekit.components.feedforward import SwiGLU
-from sparsekit.components.kernels import constant
-from sparsekit.components.linears import PlainLinear
+from sparsekit.components.contracts import FeedForward, Routing, compute_dtype, constant
 from sparsekit.components.sorted_rows import summed
 
 STEP = 64  # both widths are multiples of it
@@ -32,26 +29,28 @@ MOST = 1024  # experts
 SHARED_MEMORY = 192 * 1024  # bytes of it that a program takes; what is built for anything but data centres has less
 
 
-def weights_of(experts: nn.Module, x_ND: Tensor, routing: Routing) -> list[Tensor] | None:
+def weights_of(experts: FeedForward, x_ND: Tensor, routing: Routing) -> list[Tensor] | None:
     """(gate, up, down) of experts that this module can compute as they are, in the type that it computes in.
 
     None where they are another feed-forward, anything listens to their parts or stands in for them (hooks, other
     forwards, weights that are spread over processes), entries of the routing are unused or tokens have unequally many,
     or device or type are not what the kernels are for.
     """
-    if not able(x_ND) or type(experts) is not SwiGLU or routing.token_M is not None or not routing.complete:
+    if not able(x_ND) or routing.token_M is not None or not routing.complete:
         return None
-    linears = [cast(PlainLinear, experts.gate), cast(PlainLinear, experts.up), cast(PlainLinear, experts.down)]
-    plain = all(type(one).forward is PlainLinear.forward and one.bias is None for one in linears)
-    if not plain or any(_listened_to(module) for module in (experts, *linears, experts.activation)):
+    linears = experts.silu_gated()
+    if linears is None or any(_listened_to(module) for module in experts.modules()):
         return None
+    weights = [linear.only_weight() for linear in linears]
     dtype = compute_dtype(x_ND.device, x_ND.dtype)
-    weights = [linear.effective_weight() for linear in linears]
-    if dtype != torch.bfloat16 or any(type(one) not in (Tensor, nn.Parameter) or one.ndim != 3 for one in weights):
+    # else of some other kind, such as a DTensor
+    if dtype != torch.bfloat16 or any(type(one) not in (Tensor, nn.Parameter) for one in weights):
         return None
-    if any(side % STEP for side in weights[0].shape[1:]) or weights[0].shape[0] > MOST or not x_ND.shape[0]:
+    found = [weight.to(dtype) for weight in cast(list[Tensor], weights)]
+    sizes = found[0].shape
+    if len(sizes) != 3 or sizes[0] > MOST or any(side % STEP for side in sizes[1:]) or not x_ND.shape[0]:
         return None
-    return [weight.to(dtype) for weight in weights]
+    return found
 
 
 def _listened_to(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsekit.components.contracts import ForwardContext
-from sparsekit.components.kernels import HALF, Extras, Kernel, Rule, begins, constant, installed, places, sees
+from sparsekit.components.contracts import ForwardContext, constant
+from sparsekit.components.kernels import HALF, Extras, Kernel, Rule, begins, installed, places, sees
 
 
 class Flex(Kernel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.components.contracts import Component, ForwardContext, compute_dtype, wide
+from sparsekit.components.contracts import Component, ForwardContext, compute_dtype, constant, wide
 from sparsekit.errors import SparsekitError
 from sparsekit.registry import registry
 from sparsekit.spec.facts import Facts, check_children
@@ -190,12 +189,6 @@ def _can_run(name: str, rule: Rule, device: torch.device, dtype: torch.dtype, gr
 def _class(name: str) -> type[Kernel]:
     found: type[Kernel] = registry("kernel").get(name)
     return found
-
-
-def constant(function: Callable[..., bool]) -> Callable[..., bool]:
-    """``torch.compiler.assume_constant_result``, which loads the whole compiler, a second of a start, to set this."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant

@@ -24,6 +24,10 @@ class PlainLinear(Linear):
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         return project(x, self.effective_weight(), self.bias, context)
 
+    def only_weight(self) -> Tensor | None:
+        own = type(self).forward is not PlainLinear.forward
+        return None if own or self.bias is not None else self.effective_weight()
+
 
 class MaskedLinear(PlainLinear):
     """y = x (M * W)^T + b, M a fixed random mask that keeps a share 1 - sparsity of each matrix's weights.

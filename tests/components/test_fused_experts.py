@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sparsekit.components import fused_experts
 from sparsekit.components.contracts import ForwardContext, Routing
+from sparsekit.components.feedforward import SwiGLU
 from sparsekit.components.fused_experts import fused, weights_of
+from sparsekit.components.linears import PlainLinear
 from sparsekit.components.moe import Mixture
 from sparsekit.model.build import build_model
 
@@ -138,7 +140,10 @@ def as_on_a_gpu(monkeypatch) -> None:
         ({"type": "swiglu", "d_ff": 192}, True),
         ({"type": "swiglu", "d_ff": 100}, False),
         ({"type": "swiglu", "d_ff": 192, "bias": True}, False),
+        ({"type": "gated", "d_ff": 192, "activation": "silu"}, True),
+        ({"type": "gated", "d_ff": 192, "activation": "relu"}, False),
         ({"type": "geglu", "d_ff": 192}, False),
+        ({"type": "drelu", "d_ff": 192}, False),
         ({"type": "mlp", "d_ff": 192}, False),
     ],
 )
@@ -164,6 +169,24 @@ def test_who_listens_is_told(as_on_a_gpu):
         handle.remove()
     assert weights_of(layer.experts, x, ROUTING) is not None
     layer.experts.forward = lambda x, context: x
+    assert weights_of(layer.experts, x, ROUTING) is None
+
+
+def test_a_class_of_ones_own_is_asked_for_its_forward(as_on_a_gpu):
+    x, layer = torch.zeros(4, 128, dtype=torch.bfloat16), mixture(MIXTURE, "cpu", torch.bfloat16)
+
+    class Mine(SwiGLU):
+        def forward(self, x_BTD, context):
+            return 2 * super().forward(x_BTD, context)
+
+    class Sparse(PlainLinear):
+        def forward(self, x, context=None):
+            return super().forward(x.relu(), context)
+
+    layer.experts.__class__ = Mine
+    assert weights_of(layer.experts, x, ROUTING) is None
+    layer.experts.__class__ = SwiGLU
+    layer.experts.up.__class__ = Sparse
     assert weights_of(layer.experts, x, ROUTING) is None
 
 
