@@ -38,19 +38,18 @@ def weights_of(experts: FeedForward, x_ND: Tensor, routing: Routing) -> list[Ten
     """
     if not able(x_ND) or routing.token_M is not None or not routing.complete:
         return None
-    linears = experts.silu_gated()
-    if linears is None or any(_listened_to(module) for module in experts.modules()):
+    dtype, linears = compute_dtype(x_ND.device, x_ND.dtype), experts.silu_gated()
+    if dtype != torch.bfloat16 or not x_ND.shape[0] or linears is None:
+        return None
+    sizes = linears[0].weight.shape
+    if len(sizes) != 3 or sizes[0] > MOST or any(side % STEP for side in sizes[1:]):
+        return None
+    if any(_listened_to(module) for module in experts.modules()):
         return None
     weights = [linear.only_weight() for linear in linears]
-    dtype = compute_dtype(x_ND.device, x_ND.dtype)
-    # else of some other kind, such as a DTensor
-    if dtype != torch.bfloat16 or any(type(one) not in (Tensor, nn.Parameter) for one in weights):
+    if any(type(one) not in (Tensor, nn.Parameter) for one in weights):  # none, or of some other kind, as a DTensor
         return None
-    found = [weight.to(dtype) for weight in cast(list[Tensor], weights)]
-    sizes = found[0].shape
-    if len(sizes) != 3 or sizes[0] > MOST or any(side % STEP for side in sizes[1:]) or not x_ND.shape[0]:
-        return None
-    return found
+    return [weight.to(dtype) for weight in cast(list[Tensor], weights)]
 
 
 def _listened_to(module: nn.Module) -> bool:
@@ -108,10 +107,9 @@ class _Fused(torch.autograd.Function):
         order_M: Tensor, row_NS: Tensor, offsets_E: Tensor,
     ) -> Tensor:  # fmt: skip
         g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD)
-        y_ND = summed(F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E), None, row_NS)
+        y_MD = F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E)
         ctx.save_for_backward(x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, g_MF, u_MF, h_MF)
-        dtype = torch.promote_types(x_ND.dtype, weight_NS.dtype)
-        return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
+        return summed(y_MD, None, row_NS, torch.promote_types(x_ND.dtype, weight_NS.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,5 +122,5 @@ class _Fused(torch.autograd.Function):
         x_MD = torch.ops.sparsekit.experts_spread(x_ND, row_NS)
         dgate_EFD = F.grouped_mm(dg_MF.T, x_MD, offs=offsets_E)
         dup_EFD = F.grouped_mm(du_MF.T, x_MD, offs=offsets_E)
-        dx_ND = summed(dx_MD, None, row_NS).to(x_ND.dtype)
+        dx_ND = summed(dx_MD, None, row_NS, x_ND.dtype)
         return dx_ND, dweight_NS.to(weight_NS.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None

@@ -155,12 +155,11 @@ class TopK(LearnedRouter):
             open_NG = torch.zeros_like(best_NG).scatter(1, best_NG.topk(self.params.k_groups).indices, 1.0)
             shut_NGE = (open_NG == 0)[..., None].expand_as(grouped_NGE)
             scores_NE = grouped_NGE.masked_fill(shut_NGE, float("-inf")).flatten(1)
-            return scores_NE.topk(self.params.k, dim=-1).indices
         return largest(scores_NE, self.params.k)
 
 
 def largest(scores_NE: Tensor, k: int) -> Tensor:
-    """Which are the k largest of each row, the largest first, [N, k]; of finite scores.
+    """Which are the k largest of each row, the largest first, [N, k]; at least k are above -inf.
 
     Compiled, a few are found one after the other in the pass that made the scores, which is hardly longer for it;
     torch's own way is two kernels more, .08 and .17 ms for 32,768 tokens (4 of 32, 8 of 64; H200).

@@ -72,15 +72,13 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_MD: Tensor) -> tuple[Tensor, None, None]:
         (back_NS,) = ctx.saved_tensors
-        return summed(dx_MD, None, back_NS).to(dx_MD.dtype), None, None
+        return summed(dx_MD, None, back_NS, dx_MD.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(y_MD: Tensor, weight_NS: Tensor, token_M: Tensor, order_M: Tensor, back_NS: Tensor) -> Tensor:
-        y_ND, dtype = summed(y_MD, weight_NS, back_NS), torch.promote_types(y_MD.dtype, weight_NS.dtype)
-        # compiled by torch 2.11, a function that ends in a cast to the type it has has no gradient
-        return y_ND if y_ND.dtype == dtype else y_ND.to(dtype)
+        return summed(y_MD, weight_NS, back_NS, torch.promote_types(y_MD.dtype, weight_NS.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -95,10 +93,12 @@ class _Combine(torch.autograd.Function):
         return (dy_MD * weight_M[:, None]).to(y_MD.dtype), dweight_M[back_NS], None, None, None
 
 
-def summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor) -> Tensor:
-    """sum over s of weight[n, s] x[back[n, s]], in float32 or wider, term by term: compiled, one pass."""
+def summed(x_MD: Tensor, weight_NS: Tensor | None, back_NS: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over s of weight[n, s] x[back[n, s]] in a dtype, added up in float32 or wider, term by term: compiled, one
+    pass."""
     total = torch.zeros((), dtype=wide(x_MD.dtype), device=x_MD.device)
     for slot, back_N in enumerate(back_NS.unbind(1)):
         term_ND = x_MD[back_N].to(total.dtype)
         total = total + (term_ND if weight_NS is None else term_ND * weight_NS[:, slot, None])
-    return total
+    # compiled by torch 2.11, an autograd.Function that ends in a cast to the type it has has no gradient
+    return total if total.dtype == dtype else total.to(dtype)

@@ -54,6 +54,10 @@ class Law:
         """Coefficients as the search has them, from those of the formula."""
         return np.array([math.log(told[c]) if c in self.positive else told[c] for c in self.coefficients])
 
+    def squares(self, x: Array, D: Array, A: Array) -> float:
+        """The sum of squares about the curve of some inside coefficients."""
+        return float(((self.value(x, D) - A) ** 2).sum())
+
     def told(self, index: int, value: float) -> float:
         """One coefficient as the formula has it; at an end of what is searched, the end of its range."""
         name = self.coefficients[index]
@@ -220,7 +224,7 @@ def fit(law: Literal["relu", "silu"], D: ArrayLike, A: ArrayLike, level: float =
     low, high = chosen.inside_bounds()
     starts = sorted(
         (np.clip(start, low + 1e-6, high - 1e-6) for start in chosen.starts(D_N, A_N, ())),
-        key=lambda x: float(((chosen.value(x, D_N) - A_N) ** 2).sum()),
+        key=lambda x: chosen.squares(x, D_N, A_N),
     )
     best = min((_least(chosen, D_N, A_N, start) for start in starts[:STARTS]), key=lambda found: found[1])
     freedom = len(D_N) - len(chosen.coefficients)
@@ -339,7 +343,8 @@ class _Profile:
                 closest = self.law.starts(self.D, self.A, [math.exp(value)])
             else:
                 closest = sorted(self.starts, key=lambda x: abs(float(x[index]) - value))[:CLOSEST]
-            again = self._held(index, value, min(closest, key=self._squares))
+            best = min(closest, key=lambda x: self.law.squares(x, self.D, self.A))
+            again = self._held(index, value, best)
             found = min(found, again, key=lambda one: one[1])
         if found[1] < self.best[1]:
             self.best = found
@@ -349,9 +354,6 @@ class _Profile:
         start = start.copy()
         start[index] = value
         return _least(self.law, self.D, self.A, start, index)
-
-    def _squares(self, x: Array) -> float:
-        return float(((self.law.value(x, self.D) - self.A) ** 2).sum())
 
     def _error(self, index: int) -> float:
         """The linear approximation's standard error, by which the first step is sized."""

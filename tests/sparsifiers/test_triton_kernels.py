@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekit.sparsifiers.kernels import columns_matvec, rows_matvec
+from tests.triton_tools import code_for_an_h100, demand_gpu, interpreted, resources
 
 from .test_kernels import close, columns_case, rows_case
 
 DTYPES = [torch.bfloat16, torch.float16]
 
-# The interpreter makes numbers of arrays with one entry, which numpy 2.4 refuses; bfloat16 it truncates, and takes for
-# integers in tl.dot. Weights that must not be read are nan.
+# Weights that must not be read are nan.
 INTERPRETED = """
 import torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patched(tensor, *rest):
-    patch(tensor, *rest)
-    tensor.__index__ = lambda self: self.handle.data.item()
-
-interpreter._patch_lang_tensor = patched
-
 from sparsekit.sparsifiers import triton_kernels
 from sparsekit.sparsifiers.triton_kernels import Plan
 from tests.sparsifiers.test_kernels import close, columns_case, rows_case
@@ -61,44 +46,10 @@ print("all agree")
 
 @pytest.mark.slow
 def test_kernels_agree_in_the_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.endswith("all agree\n"), done.stderr[-2000:]
+    interpreted(INTERPRETED)
 
 
 # --- machine code
-
-
-def code_for_an_h100(kernel: Any, tensors: dict[str, str], sizes: dict[str, int], plan: Any, **constants: int) -> Any:
-    """Compiled as the first call on such a device would; told as a call tells it, sizes of 1 become constants."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        signature[name] = tensors.get(name, "i32" if sizes.get(name, 1) > 1 else "constexpr")
-        if name in tensors or (sizes.get(name, 1) > 1 and sizes[name] % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    fixed = constants | {name: size for name, size in sizes.items() if size == 1}
-    places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-    source = ASTSource(kernel, signature, places, attributes)
-    stages = {} if "STAGES" in constants else {"num_stages": plan.stages}  # or the kernel's loop tells them
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps, **stages})
-
-
-def resources(code: Any, folder: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a thread, as the machine code states them."""
-    import triton
-
-    (folder / "kernel.cubin").write_bytes(code.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    told = subprocess.run(
-        [tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
-    )
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
-
 
 SHAPES = [(4096, 14336), (14336, 4096), (1031, 515), (1, 1)]
 
@@ -146,8 +97,7 @@ def on_gpu(case: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def triton_kernels():
-    if not torch.cuda.is_available() or find_spec("triton") is None:
-        pytest.skip("needs a CUDA device and triton")
+    demand_gpu()
     from sparsekit.sparsifiers import triton_kernels
 
     return triton_kernels
