@@ -24,9 +24,7 @@ from torch import Tensor
 from sparsekit.components import expert_kernels as kernels
 from sparsekit.components.expert_kernels import Plan
 
-PRODUCTS = [Plan(128, 128, 64, 4, 3), Plan(128, 128, 64, 4, 4), Plan(128, 128, 64, 8, 4), Plan(128, 256, 64, 8, 3),
-            Plan(128, 256, 64, 8, 4), Plan(256, 128, 64, 8, 3), Plan(128, 128, 32, 4, 5)]  # fmt: skip
-PLANS = {"up": PRODUCTS, "up_back": PRODUCTS}
+PRODUCTS = [Plan(128, 64, 4, 3), Plan(128, 64, 4, 4), Plan(128, 64, 8, 4), Plan(256, 64, 8, 3), Plan(256, 64, 8, 4)]
 
 
 class Case:
@@ -37,7 +35,7 @@ class Case:
         n = n_tokens or n
         torch.manual_seed(0)
         self.expert_M = torch.rand(n, n_experts, device=device).topk(k).indices.flatten()
-        self.order_M, row_M, self.offsets_E = kernels.sort(self.expert_M, n_experts)
+        self.order_M, row_M, self.offsets_E, self.tiles_4T = kernels.sort(self.expert_M, n_experts)
         self.row_NS, self.token_M = row_M.view(n, k), self.order_M // k
         self.weight_NS = torch.rand(n, k, device=device)
 
@@ -49,6 +47,7 @@ class Case:
         self.x_MD = self.x_ND[self.token_M]
         self.g_MF, self.u_MF = (self.grouped(self.x_MD, w) for w in (self.gate_EFD, self.up_EFD))
         self.dh_MF = torch.randn_like(self.g_MF)
+        self.down_EDF = drawn(n_experts, d_model, d_ff)
         self.flops = 2.0 * n * k * d_model * d_ff
 
     def grouped(self, a_MK: Tensor, weight_EOK: Tensor) -> Tensor:
@@ -59,12 +58,17 @@ class Case:
         c = self
         yield (
             "up", 2 * c.flops,
-            lambda plan: kernels.up(c.x_ND, c.weight_NS, c.order_M, c.offsets_E, c.gate_EFD, c.up_EFD, plan)[:2],
+            lambda plan: kernels.up(c.x_ND, c.weight_NS, c.order_M, c.tiles_4T, c.gate_EFD, c.up_EFD, plan)[:2],
             lambda: (c.grouped(c.x_MD, c.gate_EFD), c.grouped(c.x_MD, c.up_EFD)),
         )  # fmt: skip
         yield (
+            "down", c.flops,
+            lambda plan: (kernels.down(c.g_MF, c.tiles_4T, c.down_EDF, plan),),
+            lambda: (c.grouped(c.g_MF, c.down_EDF),),
+        )  # fmt: skip
+        yield (
             "up_back", 2 * c.flops,
-            lambda plan: (kernels.up_back(c.g_MF, c.u_MF, c.offsets_E, c.gate_EFD, c.up_EFD, plan),),
+            lambda plan: (kernels.up_back(c.g_MF, c.u_MF, c.tiles_4T, c.gate_EFD, c.up_EFD, plan),),
             lambda: (F.grouped_mm(c.g_MF, c.gate_EFD, offs=c.offsets_E)
                      + F.grouped_mm(c.u_MF, c.up_EFD, offs=c.offsets_E),),
         )  # fmt: skip
@@ -96,9 +100,9 @@ def compiled(job: tuple[str, str, int]) -> None:
     for name, _, fused, _ in case.products():
         if name == wanted:
             try:
-                fused(PLANS[name][index])
+                fused(PRODUCTS[index])
             except Exception as error:
-                print(f"{shape} {name} {tuple(PLANS[name][index])}: {type(error).__name__} {str(error)[:80]}")
+                print(f"{shape} {name} {tuple(PRODUCTS[index])}: {type(error).__name__} {str(error)[:80]}")
 
 
 def main() -> None:
@@ -108,7 +112,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    jobs = [(shape, name, i) for shape in options.shapes for name, plans in PLANS.items() for i in range(len(plans))]
+    names = ("up", "down", "up_back")
+    jobs = [(shape, name, i) for shape in options.shapes for name in names for i in range(len(PRODUCTS))]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         pool.map(compiled, jobs, chunksize=4)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
@@ -118,7 +123,7 @@ def main() -> None:
         for name, flops, fused, grouped in case.products():
             told = [f"grouped_mm {flops / milliseconds(grouped, options.steps) / 1e9:4.0f}"]
             wanted = grouped()
-            for plan in PLANS[name]:
+            for plan in PRODUCTS:
                 try:
                     rate = flops / milliseconds(lambda f=fused, p=plan: f(p), options.steps) / 1e9
                     pairs = zip(fused(plan), wanted, strict=True)

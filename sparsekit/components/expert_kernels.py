@@ -3,15 +3,16 @@
 """What experts compute beside plain grouped products, in Triton; see :mod:`sparsekit.components.fused_experts`.
 
 Rows are assignments in the order of their experts, M of them, of which ``offsets_E`` tells each expert's end. A program
-of a product takes a tile of one expert's rows; which one, it finds out from the offsets, so that nothing waits for the
-host: grids are as large as any offsets may need, and programs past the last tile end at once. Sums are taken in one
-order, in float32, so that a result is the same every time.
+of a product takes a tile of one expert's rows; which one, it reads in a table that is made where rows are sorted, so
+that nothing waits for the host: grids are as large as any routing may need, and programs past the last tile end at
+once. Sums are taken in one order, in float32, so that a result is the same every time.
 
-E: experts, M: rows, N: tokens, S: assignments a token, D: d_model, F: d_ff.
+E: experts, M: rows, T: tiles, N: tokens, S: assignments a token, D: d_model, F: d_ff.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,83 +20,111 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Plan(NamedTuple):
-    """How a product is cut up.
+    """How a product is cut up, beside its rows.
 
     Attributes:
-        rows, width: of a program's tile of the result.
+        width: of a program's tile of the result.
         depth: how much of the sum it takes at a time.
         warps: of 32 threads, in a program.
         stages: how many steps' reads are under way at a time.
     """
 
-    rows: int
     width: int
     depth: int = 64
     warps: int = 8
     stages: int = 3
 
 
-# UP_BACK is the best of six at the shapes of benchmarks/moe.py (H200, bfloat16; benchmarks/expert_kernels.py). The
-# product up has its form since gate and up are one, and took over what is best there: that was not measured.
-UP_BACK = Plan(128, 256, 64, 8, 4)
-WIDE_UP, UP = UP_BACK, Plan(128, 128, 64, 4, 3)
+ROWS = 128  # of a tile
+# The best at the shapes of benchmarks/moe.py (H200, bfloat16; benchmarks/expert_kernels.py)
+UP, WIDE_UP = Plan(128, 64, 4, 3), Plan(256, 64, 8, 4)
+DOWN, UP_BACK = Plan(256, 64, 8, 4), Plan(256, 64, 8, 3)
 ENTRIES = 4096  # that a program of an elementwise pass takes
 SHARES, CHUNK = 256, 8192  # into which assignments are cut to be counted, and how many of a table are held at a time
 
 
 @torch.library.triton_op("sparsekit::experts_sort", mutates_args=())
-def sort(expert_M: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(which assignment each row is [M], the row of each assignment [M], int32 offsets [E]); every one has an expert.
+def sort(expert_M: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Assignments in the order of their experts; every one has an expert.
 
     By counting: no key is moved, and those of an expert stay in the order in which they came.
+
+    Returns:
+        Which assignment each row is, [M]; the row of each assignment, [M]; int32 offsets, [E]; int32 [4, T], the expert
+        of each tile, its first row, the end of its expert's rows, and how many tiles there are, of T at most.
     """
     n_rows, experts = expert_M.shape[0], _padded(n_experts)
     chunk = max(CHUNK // experts, 1)
     share = triton.cdiv(triton.cdiv(n_rows, SHARES), chunk) * chunk
-    n_shares = triton.cdiv(n_rows, share)
+    n_shares, n_tiles = triton.cdiv(n_rows, share), _most_tiles(n_rows, n_experts)
     count = expert_M.new_empty(n_shares, experts, dtype=torch.int32)
     order_M, row_M = torch.empty_like(expert_M), torch.empty_like(expert_M)
     offsets_E = expert_M.new_empty(n_experts, dtype=torch.int32)
+    tiles_4T = expert_M.new_empty(4, n_tiles, dtype=torch.int32)
     sizes = {"EXPERTS": experts, "CHUNK": chunk, "num_warps": 8}
     _traced(_count)[(n_shares,)](expert_M, count, n_rows, share, **sizes)
     _traced(_place)[(n_shares,)](
-        expert_M, count, order_M, row_M, offsets_E, n_rows, share, n_shares, n_experts, **sizes
-    )
-    return order_M, row_M, offsets_E
+        expert_M, count, order_M, row_M, offsets_E, tiles_4T, n_rows, share, n_shares, n_experts, n_tiles, ROWS=ROWS,
+        **sizes,
+    )  # fmt: skip
+    return order_M, row_M, offsets_E, tiles_4T
 
 
-def up_plan(d_ff: int) -> Plan:
-    return UP if 2 * d_ff % WIDE_UP.width else WIDE_UP
+def up_plan(d_model: int, d_ff: int) -> Plan:
+    return WIDE_UP if d_model >= 1024 and 2 * d_ff % WIDE_UP.width == 0 else UP
 
 
 def up(
-    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
+    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, tiles_4T: Tensor, gate_EFD: Tensor, up_EFD: Tensor,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(g, u, w silu(g) u), each [M, F], where g = W_gate x and u = W_up x of each row's token, gathered here."""
-    n_experts, d_ff, d_model = gate_EFD.shape
-    plan = plan or up_plan(d_ff)
+    _, d_ff, d_model = gate_EFD.shape
+    plan = plan or up_plan(d_model, d_ff)
+    n_tiles = tiles_4T.shape[1]
     found = tuple(x_ND.new_empty(order_M.shape[0], d_ff) for _ in range(3))
-    _traced(_up)[_grid(order_M, n_experts, 2 * d_ff, plan)](
-        x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD, *found, n_experts, d_model, d_ff,
-        SLOTS=weight_NS.shape[1], **_shape(n_experts, plan),
+    _traced(_up)[(n_tiles * triton.cdiv(2 * d_ff, plan.width),)](
+        x_ND, weight_NS, order_M, tiles_4T, gate_EFD, up_EFD, *found, n_tiles, D=d_model, F=d_ff,
+        SLOTS=weight_NS.shape[1], **_shape(plan),
     )  # fmt: skip
     return found[0], found[1], found[2]
 
 
+def down(h_MF: Tensor, tiles_4T: Tensor, down_EDF: Tensor, plan: Plan = DOWN) -> Tensor:
+    """W_down h of each row, [M, D]; as many programs as run at a time take one tile after the other."""
+    _, d_model, d_ff = down_EDF.shape
+    n_tiles = tiles_4T.shape[1]
+    y_MD = h_MF.new_empty(h_MF.shape[0], d_model)
+    programs = min(_processors(h_MF.device), n_tiles * triton.cdiv(d_model, plan.width))
+    _down[(programs,)](
+        _blocks(h_MF, ROWS, plan.depth), _blocks(down_EDF, plan.width, plan.depth), tiles_4T, y_MD, n_tiles, programs,
+        F=d_ff, D=d_model, **_shape(plan),
+    )  # fmt: skip
+    return y_MD
+
+
 def up_back(
-    dg_MF: Tensor, du_MF: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, plan: Plan = UP_BACK
+    dg_MF: Tensor, du_MF: Tensor, tiles_4T: Tensor, gate_EFD: Tensor, up_EFD: Tensor, plan: Plan = UP_BACK
 ) -> Tensor:
     """W_gate^T dg + W_up^T du of each row, [M, D], as one sum."""
-    n_experts, d_ff, d_model = gate_EFD.shape
+    _, d_ff, d_model = gate_EFD.shape
+    n_tiles = tiles_4T.shape[1]
     dx_MD = dg_MF.new_empty(dg_MF.shape[0], d_model)
-    _traced(_up_back)[_grid(dg_MF, n_experts, d_model, plan)](
-        dg_MF, du_MF, gate_EFD, up_EFD, offsets_E, dx_MD, n_experts, d_ff, d_model, **_shape(n_experts, plan)
+    rows = (_blocks(rows_MF, ROWS, plan.depth) for rows_MF in (dg_MF, du_MF))
+    weights = (_blocks(weight_EFD, plan.depth, plan.width) for weight_EFD in (gate_EFD, up_EFD))
+    _up_back[(n_tiles * triton.cdiv(d_model, plan.width),)](
+        *rows, *weights, tiles_4T, dx_MD, n_tiles, F=d_ff, D=d_model, **_shape(plan)
     )
     return dx_MD
+
+
+def _blocks(stack: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix, or a stack of them as one below the other, for a GPU's engine that copies blocks of it."""
+    return TensorDescriptor.from_tensor(stack.view(-1, stack.shape[-1]), [rows, columns])
 
 
 @torch.library.triton_op("sparsekit::experts_act_back", mutates_args=())
@@ -142,14 +171,19 @@ def _traced(kernel):
     return wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel  # else interpreted
 
 
-def _grid(rows_M: Tensor, n_experts: int, width: int, plan: Plan) -> tuple[int]:
-    """As many tiles as there can be: each expert's last need not be full."""
-    return ((triton.cdiv(rows_M.shape[0], plan.rows) + n_experts) * triton.cdiv(width, plan.width),)
+def _most_tiles(n_rows: int, n_experts: int) -> int:
+    """As many as there can be: each expert's last need not be full."""
+    return triton.cdiv(n_rows, ROWS) + n_experts
 
 
-def _shape(n_experts: int, plan: Plan) -> dict[str, int]:
-    sizes = {"ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth}
-    return {"EXPERTS": _padded(n_experts), **sizes, "num_warps": plan.warps, "num_stages": plan.stages}
+def _shape(plan: Plan) -> dict[str, int]:
+    sizes = {"ROWS": ROWS, "WIDTH": plan.width, "DEPTH": plan.depth}
+    return {**sizes, "num_warps": plan.warps, "num_stages": plan.stages}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _padded(n_experts: int) -> int:
@@ -157,21 +191,37 @@ def _padded(n_experts: int) -> int:
     return max(2, triton.next_power_of_2(n_experts))
 
 
-# ---- those that are cut up by a plan, as operators ----
+# ---- those that are cut up by a plan, as operators; whoever traces them cannot look into those that copy blocks ----
 
 
 @torch.library.triton_op("sparsekit::experts_up", mutates_args=())
 def experts_up(
-    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor
+    x_ND: Tensor, weight_NS: Tensor, order_M: Tensor, tiles_4T: Tensor, gate_EFD: Tensor, up_EFD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g = W_gate x, u = W_up x and h = w silu(g) u of each row, [M, F]."""
-    return up(x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD)
+    return up(x_ND, weight_NS, order_M, tiles_4T, gate_EFD, up_EFD)
 
 
-@torch.library.triton_op("sparsekit::experts_up_back", mutates_args=())
-def experts_up_back(dg_MF: Tensor, du_MF: Tensor, offsets_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor) -> Tensor:
+@torch.library.custom_op("sparsekit::experts_down", mutates_args=())
+def experts_down(h_MF: Tensor, tiles_4T: Tensor, down_EDF: Tensor) -> Tensor:
+    """W_down h of each row, [M, D]."""
+    return down(h_MF, tiles_4T, down_EDF)
+
+
+@experts_down.register_fake
+def _(h_MF: Tensor, tiles_4T: Tensor, down_EDF: Tensor) -> Tensor:
+    return h_MF.new_empty(h_MF.shape[0], down_EDF.shape[1])
+
+
+@torch.library.custom_op("sparsekit::experts_up_back", mutates_args=())
+def experts_up_back(dg_MF: Tensor, du_MF: Tensor, tiles_4T: Tensor, gate_EFD: Tensor, up_EFD: Tensor) -> Tensor:
     """W_gate^T dg + W_up^T du of each row, [M, D]."""
-    return up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
+    return up_back(dg_MF, du_MF, tiles_4T, gate_EFD, up_EFD)
+
+
+@experts_up_back.register_fake
+def _(dg_MF: Tensor, du_MF: Tensor, tiles_4T: Tensor, gate_EFD: Tensor, up_EFD: Tensor) -> Tensor:
+    return dg_MF.new_empty(dg_MF.shape[0], gate_EFD.shape[2])
 
 
 # ---- the kernels ----
@@ -192,10 +242,11 @@ def _count(expert_ptr, count_ptr, n_rows, share, EXPERTS: tl.constexpr, CHUNK: t
 
 @triton.jit
 def _place(
-    expert_ptr, count_ptr, order_ptr, row_ptr, offsets_ptr, n_rows, share, n_shares, n_experts,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    expert_ptr, count_ptr, order_ptr, row_ptr, offsets_ptr, tiles_ptr, n_rows, share, n_shares, n_experts, n_tiles,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """An assignment's row: where its expert's begin, and how many of that expert come before it."""
+    """An assignment's row: where its expert's begin, and how many of that expert come before it. And a share of the
+    table of tiles."""
     program = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     total = tl.zeros((EXPERTS,), tl.int32)
@@ -218,35 +269,40 @@ def _place(
         tl.store(row_ptr + place, row.to(tl.int64), place < n_rows)
         tl.store(order_ptr + row, place.to(tl.int64), place < n_rows)
         free += tl.sum(own, 0)
+    tiles = (total + ROWS - 1) // ROWS
+    upto = tl.cumsum(tiles, 0)
+    first_row = ends - total - (upto - tiles) * ROWS  # of an expert's tile, less its place among all tiles' rows
+    own_tiles = (n_tiles + n_shares - 1) // n_shares
+    for first in range(program * own_tiles, program * own_tiles + own_tiles, CHUNK):
+        place = first + tl.arange(0, CHUNK)
+        expert = tl.sum((upto[None, :] <= place[:, None]).to(tl.int32), 1)
+        own = (expert[:, None] == experts[None, :]).to(tl.int32)
+        tl.store(tiles_ptr + place, expert, place < n_tiles)
+        tl.store(tiles_ptr + n_tiles + place, place * ROWS + tl.sum(own * first_row[None, :], 1), place < n_tiles)
+        tl.store(tiles_ptr + 2 * n_tiles + place, tl.sum(own * ends[None, :], 1), place < n_tiles)
+        tl.store(tiles_ptr + 3 * n_tiles + place, place * 0 + tl.sum(tiles, 0), place < n_tiles)
 
 
 @triton.jit
-def _tile(index, offsets_ptr, n_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """(expert, its first row in this tile, the end of its rows); past the last tile an expert that is none."""
-    experts = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets_ptr + experts, mask=experts < n_experts, other=0)
-    starts = tl.load(offsets_ptr + experts - 1, mask=(experts > 0) & (experts < n_experts), other=0)
-    tiles = (ends - starts + ROWS - 1) // ROWS
-    upto = tl.cumsum(tiles, 0)
-    expert = tl.sum((upto <= index).to(tl.int32), 0)
-    own = experts == expert
-    begin = tl.sum(tl.where(own, starts + (index - upto + tiles) * ROWS, 0), 0)
-    return expert, begin, tl.sum(tl.where(own, ends, 0), 0)
+def _tile(index, tiles_ptr, n_tiles):
+    """(expert, first row of the tile, end of the expert's rows)."""
+    at = tiles_ptr + index
+    return tl.load(at), tl.load(at + n_tiles), tl.load(at + 2 * n_tiles)
 
 
 @triton.jit
 def _up(
-    x_ptr, weight_ptr, order_ptr, offsets_ptr, gate_ptr, up_ptr, g_ptr, u_ptr, h_ptr, n_experts,
+    x_ptr, weight_ptr, order_ptr, tiles_ptr, gate_ptr, up_ptr, g_ptr, u_ptr, h_ptr, n_tiles,
     D: tl.constexpr, F: tl.constexpr, SLOTS: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Columns of W_gate and W_up take turns in one product, twice as wide as either: g and u of a neuron lie side by
     side in a thread's registers then."""
     half: tl.constexpr = WIDTH // 2
     widths: tl.constexpr = (F + half - 1) // half
     program = tl.program_id(0)
-    expert, begin, end = _tile(program // widths, offsets_ptr, n_experts, EXPERTS, ROWS)
-    if expert < n_experts:
+    if program // widths < tl.load(tiles_ptr + 3 * n_tiles):
+        expert, begin, end = _tile(program // widths, tiles_ptr, n_tiles)
         rows = begin + tl.arange(0, ROWS)
         order = tl.load(order_ptr + rows, mask=rows < end, other=0)
         token = order // SLOTS
@@ -276,40 +332,46 @@ def _up(
 
 
 @triton.jit
-def _up_back(
-    dg_ptr, du_ptr, gate_ptr, up_ptr, offsets_ptr, dx_ptr, n_experts,
-    F: tl.constexpr, D: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+def _down(
+    h, down, tiles_ptr, y_ptr, n_tiles, programs,
+    F: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """One loop over tiles and their sums: the next tile's reads are under way while one is written."""
     widths: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    program = tl.program_id(0)
-    expert, begin, end = _tile(program // widths, offsets_ptr, n_experts, EXPERTS, ROWS)
-    if expert < n_experts:
-        rows = begin + tl.arange(0, ROWS)
-        columns = program % widths * WIDTH + tl.arange(0, WIDTH)
-        dx = tl.zeros((ROWS, WIDTH), tl.float32)
-        dx = _add_product(dx, dg_ptr, gate_ptr, expert, rows, end, columns, F, D, WIDTH, DEPTH)
-        dx = _add_product(dx, du_ptr, up_ptr, expert, rows, end, columns, F, D, WIDTH, DEPTH)
-        live = (rows < end)[:, None] & (columns < D)[None, :]
-        at = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
-        tl.store(dx_ptr + begin.to(tl.int64) * D + at, dx.to(dx_ptr.dtype.element_ty), live)
+    for tile in tl.range(tl.program_id(0), tl.load(tiles_ptr + 3 * n_tiles) * widths, programs, flatten=True):
+        expert, begin, end = _tile(tile // widths, tiles_ptr, n_tiles)
+        column = tile % widths * WIDTH
+        y = tl.zeros((ROWS, WIDTH), tl.float32)
+        for k in range(0, F, DEPTH):
+            y = tl.dot(h.load([begin, k]), down.load([expert * D + column, k]).T, y)
+        _write(y_ptr, y, begin, end, column, D, ROWS, WIDTH)
 
 
 @triton.jit
-def _add_product(
-    y, a_ptr, b_ptr, expert, rows, end, columns,
-    K: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+def _up_back(
+    dg, du, gate, up, tiles_ptr, dx_ptr, n_tiles,
+    F: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """y + a B[e], a [M, K], B [E, K, N]."""
-    depth = tl.arange(0, DEPTH)
-    a_at = a_ptr + tl.where(rows < end, rows, 0).to(tl.int64)[:, None] * K + depth[None, :]
-    b_at = b_ptr + expert.to(tl.int64) * N * K + depth[:, None] * N + columns[None, :]
-    for _ in range(K // DEPTH):
-        b = tl.load(b_at) if N % WIDTH == 0 else tl.load(b_at, mask=(columns < N)[None, :], other=0)
-        y = tl.dot(tl.load(a_at), b, y)
-        a_at += DEPTH
-        b_at += DEPTH * N
-    return y
+    widths: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    program = tl.program_id(0)
+    if program // widths < tl.load(tiles_ptr + 3 * n_tiles):
+        expert, begin, end = _tile(program // widths, tiles_ptr, n_tiles)
+        column = program % widths * WIDTH
+        dx = tl.zeros((ROWS, WIDTH), tl.float32)
+        for k in range(0, F, DEPTH):
+            dx = tl.dot(dg.load([begin, k]), gate.load([expert * F + k, column]), dx)
+        for k in range(0, F, DEPTH):
+            dx = tl.dot(du.load([begin, k]), up.load([expert * F + k, column]), dx)
+        _write(dx_ptr, dx, begin, end, column, D, ROWS, WIDTH)
+
+
+@triton.jit
+def _write(y_ptr, y, begin, end, column, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile, but for rows of the next expert and columns that there are not."""
+    rows, columns = begin + tl.arange(0, ROWS), column + tl.arange(0, WIDTH)
+    at = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
+    live = (rows < end)[:, None] & (columns < D)[None, :]
+    tl.store(y_ptr + begin.to(tl.int64) * D + at, y.to(y_ptr.dtype.element_ty), live)
 
 
 @triton.jit

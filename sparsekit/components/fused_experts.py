@@ -26,7 +26,7 @@ from sparsekit.components.sorted_rows import summed
 
 STEP = 64  # both widths are multiples of it
 MOST = 1024  # experts
-SHARED_MEMORY = 192 * 1024  # bytes of it that a program takes; what is built for anything but data centres has less
+SHARED_MEMORY = 227 * 1024  # bytes of it that a program may take: data centres' GPUs from Hopper on have that
 
 
 def weights_of(experts: FeedForward, x_ND: Tensor, routing: Routing) -> list[Tensor] | None:
@@ -91,11 +91,12 @@ def fused(x_ND: Tensor, routing: Routing, weights: list[Tensor]) -> tuple[Tensor
         [N, D] in the wider type of tokens and weights; int32 offsets.
     """
     weight_NS = routing.weight_M.view(x_ND.shape[0], -1)
-    order_M, row_M, offsets_E = torch.ops.sparsekit.experts_sort(routing.expert_M.contiguous(), weights[0].shape[0])
+    n_experts, expert_M = weights[0].shape[0], routing.expert_M.contiguous()
+    order_M, row_M, offsets_E, tiles_4T = torch.ops.sparsekit.experts_sort(expert_M, n_experts)
     x = x_ND.to(weights[0].dtype).contiguous()
     stacks = (weight.contiguous() for weight in weights)
     y_ND: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
-        x, weight_NS.contiguous(), *stacks, order_M, row_M.view_as(weight_NS), offsets_E
+        x, weight_NS.contiguous(), *stacks, order_M, row_M.view_as(weight_NS), offsets_E, tiles_4T
     )
     return y_ND, offsets_E
 
@@ -104,23 +105,27 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_NS: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor,
-        order_M: Tensor, row_NS: Tensor, offsets_E: Tensor,
+        order_M: Tensor, row_NS: Tensor, offsets_E: Tensor, tiles_4T: Tensor,
     ) -> Tensor:  # fmt: skip
-        g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, weight_NS, order_M, offsets_E, gate_EFD, up_EFD)
-        y_MD = F.grouped_mm(h_MF, down_EDF.mT, offs=offsets_E)
-        ctx.save_for_backward(x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, g_MF, u_MF, h_MF)
+        g_MF, u_MF, h_MF = torch.ops.sparsekit.experts_up(x_ND, weight_NS, order_M, tiles_4T, gate_EFD, up_EFD)
+        y_MD = torch.ops.sparsekit.experts_down(h_MF, tiles_4T, down_EDF)
+        ctx.save_for_backward(
+            x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, tiles_4T, g_MF, u_MF, h_MF
+        )
         return summed(y_MD, None, row_NS, torch.promote_types(x_ND.dtype, weight_NS.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, g_MF, u_MF, h_MF = ctx.saved_tensors
+        (
+            x_ND, weight_NS, gate_EFD, up_EFD, down_EDF, order_M, row_NS, offsets_E, tiles_4T, g_MF, u_MF, h_MF
+        ) = ctx.saved_tensors  # fmt: skip
         dy_MD = torch.ops.sparsekit.experts_spread(dy_ND.to(x_ND.dtype).contiguous(), row_NS)
         dh_MF = F.grouped_mm(dy_MD, down_EDF, offs=offsets_E)
         ddown_EDF = F.grouped_mm(dy_MD.T, h_MF, offs=offsets_E)
         dg_MF, du_MF, dweight_NS = torch.ops.sparsekit.experts_act_back(dh_MF, weight_NS, order_M, g_MF, u_MF)
-        dx_MD = torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, offsets_E, gate_EFD, up_EFD)
+        dx_MD = torch.ops.sparsekit.experts_up_back(dg_MF, du_MF, tiles_4T, gate_EFD, up_EFD)
         x_MD = torch.ops.sparsekit.experts_spread(x_ND, row_NS)
         dgate_EFD = F.grouped_mm(dg_MF.T, x_MD, offs=offsets_E)
         dup_EFD = F.grouped_mm(du_MF.T, x_MD, offs=offsets_E)
         dx_ND = summed(dx_MD, None, row_NS, x_ND.dtype)
-        return dx_ND, dweight_NS.to(weight_NS.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None
+        return dx_ND, dweight_NS.to(weight_NS.dtype), dgate_EFD, dup_EFD, ddown_EDF, None, None, None, None

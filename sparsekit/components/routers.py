@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekit.components.contracts import Build, ForwardContext, Router, Routing, attach_loss, wide
 from sparsekit.spec.facts import Facts
 
-FEW = 8  # choices of a token that are found one after the other where that is compiled
+FEW = 8  # choices of a token that are found, and compared with all experts, one by one where that is compiled
 
 
 class LearnedRouter(Router):
@@ -80,9 +80,31 @@ def widened(logits: Tensor) -> Tensor:
     return logits.to(wide(logits.dtype))
 
 
+# Compiled, comparisons become part of the passes before and after, which scattering and gathering cannot; as they are
+# written they would be three-dimensional.
+
+
 def one_hot(expert_NK: Tensor, scores_NE: Tensor) -> Tensor:
     """[tokens, experts], 1 where a token chose an expert."""
+    if _compared(expert_NK):
+        return _matches(expert_NK, scores_NE).any(1).to(scores_NE.dtype)
     return torch.zeros_like(scores_NE).scatter(1, expert_NK, 1.0)
+
+
+def of_chosen(scores_NE: Tensor, expert_NK: Tensor) -> Tensor:
+    """The scores of the chosen experts, [tokens, choices]."""
+    if _compared(expert_NK):
+        return torch.where(_matches(expert_NK, scores_NE), scores_NE[:, None], 0.0).sum(-1)
+    return scores_NE.gather(1, expert_NK)
+
+
+def _compared(expert_NK: Tensor) -> bool:
+    return expert_NK.shape[1] <= FEW and torch.compiler.is_compiling()
+
+
+def _matches(expert_NK: Tensor, scores_NE: Tensor) -> Tensor:
+    """[tokens, choices, experts]"""
+    return expert_NK[..., None] == torch.arange(scores_NE.shape[1], device=scores_NE.device)
 
 
 class TopK(LearnedRouter):
@@ -138,7 +160,7 @@ class TopK(LearnedRouter):
         logits_NE = self.logits(x_ND, context)
         scores_NE = logits_NE.softmax(-1) if self.params.score == "softmax" else logits_NE.sigmoid()
         expert_NK = self._choose(scores_NE.detach())
-        weight_NK = scores_NE.gather(1, expert_NK)
+        weight_NK = of_chosen(scores_NE, expert_NK)
         if self.params.renormalize:
             weight_NK = weight_NK / weight_NK.sum(-1, keepdim=True)
         chosen_NE = one_hot(expert_NK, scores_NE)

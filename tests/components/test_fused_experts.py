@@ -66,15 +66,17 @@ def products(monkeypatch) -> None:
 
     def experts_sort(expert, n_experts):
         order = expert.argsort(stable=True)
-        return order, order.argsort(), expert.bincount(minlength=n_experts).cumsum(0).int()
+        return order, order.argsort(), expert.bincount(minlength=n_experts).cumsum(0).int(), expert[order]
 
-    def experts_up(x, weight, order, offsets, gate, up):
-        e, token = owners(order.shape[0], offsets), order // weight.shape[1]
+    def experts_up(x, weight, order, e, gate, up):  # each row a tile: the table is that of their experts
+        token = order // weight.shape[1]
         g, u = (torch.einsum("md,mfd->mf", x[token], w[e]) for w in (gate, up))
         return g, u, (F.silu(g) * u * weight.flatten()[order][:, None]).to(x.dtype)
 
-    def experts_up_back(dg, du, offsets, gate, up):
-        e = owners(dg.shape[0], offsets)
+    def experts_down(h, e, down):
+        return torch.einsum("mf,mdf->md", h, down[e])
+
+    def experts_up_back(dg, du, e, gate, up):
         return torch.einsum("mf,mfd->md", dg, gate[e]) + torch.einsum("mf,mfd->md", du, up[e])
 
     def experts_act_back(dh, weight, order, g, u):
@@ -83,15 +85,14 @@ def products(monkeypatch) -> None:
         slope = sigma + g * sigma * (1 - sigma)
         return (dh * w * u * slope).to(g.dtype), (dh * w * F.silu(g)).to(g.dtype), dweight.view_as(weight)
 
+    def experts_spread(x, row):
+        return x[row.flatten().argsort() // row.shape[1]]
+
     plain = SimpleNamespace(
-        experts_sort=experts_sort, experts_up=experts_up, experts_up_back=experts_up_back,
-        experts_act_back=experts_act_back, experts_spread=lambda x, row: x[row.flatten().argsort() // row.shape[1]],
+        experts_sort=experts_sort, experts_up=experts_up, experts_down=experts_down, experts_up_back=experts_up_back,
+        experts_act_back=experts_act_back, experts_spread=experts_spread,
     )  # fmt: skip
     monkeypatch.setattr(torch.ops, "sparsekit", plain)
-
-
-def owners(n_rows: int, offsets_E: Tensor) -> Tensor:
-    return torch.searchsorted(offsets_E, torch.arange(n_rows), right=True)
 
 
 @given(
@@ -221,22 +222,30 @@ from sparsekit.components.expert_kernels import Plan
 def near(found, wanted):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
+def table(offsets):
+    rows, first = [], 0
+    for expert, end in enumerate(offsets.tolist()):
+        rows += [(expert, begin, end) for begin in range(first, end, kernels.ROWS)]
+        first = end
+    return torch.tensor([(*row, len(rows)) for row in rows], dtype=torch.int32).T
+
 torch.manual_seed(0)
+kernels.ROWS = 16
 for n_experts, d_model, d_ff, n, k in ((3, 64, 48, 20, 2), (5, 32, 32, 7, 1), (4, 32, 96, 30, 3), (1, 32, 16, 3, 1)):
     expert = torch.randint(0, n_experts, (n * k,))
     if k == 3:
         expert[:] = 2  # all but one to one, some without a row
         expert[5] = 0
-    order, row, offsets = kernels.sort(expert, n_experts)
+    order, row, offsets, tiles = kernels.sort(expert, n_experts)
     expert, wanted = expert.sort(stable=True)
     assert order.equal(wanted) and row.equal(order.argsort())
     assert offsets.equal(torch.searchsorted(expert, torch.arange(n_experts), right=True).int())
     token = order // k
     x, weight = torch.randn(n, d_model), torch.rand(n, k)
     gate, up = (torch.randn(n_experts, d_ff, d_model) / 8 for _ in range(2))
-    plan = Plan(16, 32, 16)
+    plan = Plan(32, 16)
     near(kernels.spread(x, row.view(n, k)), x[token])
-    g, u, h = kernels.up(x, weight, order, offsets, gate, up, plan)
+    g, u, h = kernels.up(x, weight, order, tiles, gate, up, plan)
     near(g, torch.einsum("md,mfd->mf", x[token], gate[expert]))
     near(u, torch.einsum("md,mfd->mf", x[token], up[expert]))
     leaves = [one.clone().requires_grad_() for one in (g, u, weight)]
@@ -246,12 +255,15 @@ for n_experts, d_model, d_ff, n, k in ((3, 64, 48, 20, 2), (5, 32, 32, 7, 1), (4
     back = kernels.act_back(dh, weight, order, g, u)
     for ours, theirs in zip(back, torch.autograd.grad(wanted, leaves, dh)):
         near(ours, theirs)
-    dx = kernels.up_back(*back[:2], offsets, gate, up, plan)
+    down = torch.randn(n_experts, d_model, d_ff)
+    near(kernels.down(h, tiles, down, plan), torch.einsum("mf,mdf->md", h, down[expert]))
+    dx = kernels.up_back(*back[:2], tiles, gate, up, plan)
     near(dx, torch.einsum("mf,mfd->md", back[0], gate[expert]) + torch.einsum("mf,mfd->md", back[1], up[expert]))
 for n_experts, n in ((1, 1), (3, 500), (40, 900), (64, 70), (200, 300)):  # several shares, many chunks
     for kernels.SHARES, kernels.CHUNK in ((256, 8192), (3, 128), (1, 1)):
         expert = torch.randint(0, n_experts, (n,)) if n != 70 else torch.full((n,), 7)
-        order, row, offsets = kernels.sort(expert, n_experts)
+        order, row, offsets, tiles = kernels.sort(expert, n_experts)
+        assert tiles[:, : int(tiles[3, 0])].equal(table(offsets))
         assert order.equal(expert.argsort(stable=True)) and row.equal(order.argsort())
         assert offsets.equal(expert.bincount(minlength=n_experts).cumsum(0).int())
 print("all agree")
@@ -269,26 +281,27 @@ def test_kernels_compile_for_an_h100(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     from sparsekit.components import expert_kernels as kernels
 
-    half, whole, indices = "*bf16", "*fp32", "*i64"
+    named = {"weight_ptr": "*fp32", "order_ptr": "*i64", "tiles_ptr": "*i32"}
+    named |= dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "g_ptr", "u_ptr", "h_ptr", "y_ptr", "dx_ptr"), "*bf16")
+    n_tiles = {"n_tiles": 2112, "programs": 132}
     for d_model, d_ff, slots in ((1536, 576, 8), (768, 512, 4), (1536, 2304, 2), (128, 128, 1)):
-        plan = kernels.up_plan(d_ff)
-        places = {"weight_ptr": whole, "order_ptr": indices, "offsets_ptr": "*i32"}
-        named = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "g_ptr", "u_ptr", "h_ptr"), half)
-        sizes = {"EXPERTS": 64, "ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth, "F": d_ff, "D": d_model}
-        found = [
-            code_for_an_h100(kernels._up, {**named, **places}, {"n_experts": 64}, plan, **sizes, SLOTS=slots),
-        ]
-        plan = kernels.UP_BACK
-        named = dict.fromkeys(("dg_ptr", "du_ptr", "gate_ptr", "up_ptr", "dx_ptr"), half)
-        sizes |= {"ROWS": plan.rows, "WIDTH": plan.width, "DEPTH": plan.depth}
-        found.append(
-            code_for_an_h100(kernels._up_back, {**named, "offsets_ptr": "*i32"}, {"n_experts": 64}, plan, **sizes)
-        )
-        for code in found:
-            used = resources(code, tmp_path)
+        for kernel, plan, copied in (
+            (kernels._up, kernels.up_plan(d_model, d_ff), "cp.async.cg.shared.global"),
+            (kernels._down, kernels.DOWN, "cp.async.bulk.tensor"),
+            (kernels._up_back, kernels.UP_BACK, "cp.async.bulk.tensor"),
+        ):
+            rows, weights, turned = (
+                f"tensordesc<bf16[{height},{width}]>"
+                for height, width in ((kernels.ROWS, plan.depth), (plan.depth, plan.width), (plan.width, plan.depth))
+            )
+            blocks = {"h": rows, "dg": rows, "du": rows, "gate": weights, "up": weights, "down": turned}
+            sizes = {"ROWS": kernels.ROWS, "WIDTH": plan.width, "DEPTH": plan.depth, "F": d_ff, "D": d_model}
+            if kernel is kernels._up:
+                sizes["SLOTS"] = slots
+            code = code_for_an_h100(kernel, named | blocks, n_tiles, plan, **sizes)
+            used, ptx = resources(code, tmp_path), code.asm["ptx"]
             assert used["STACK"] == used["LOCAL"] == 0, (d_model, d_ff, used)
-            assert "wgmma.mma_async" in code.asm["ptx"] and "cp.async.cg.shared.global" in code.asm["ptx"]
-            assert "cp.async.ca" not in code.asm["ptx"]
+            assert "wgmma.mma_async" in ptx and copied in ptx and "cp.async.ca" not in ptx
             assert code.metadata.shared <= fused_experts.SHARED_MEMORY
 
 
